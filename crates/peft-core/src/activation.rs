@@ -1,0 +1,119 @@
+//! The activation seam: an adapted layer computed on its input, without ever building the adapted weight.
+
+use std::any::TypeId;
+use std::sync::RwLock;
+
+use burn::module::Param;
+use burn::nn::{Embedding, Linear};
+use burn::tensor::{Int, Tensor};
+
+use crate::Method;
+
+/// The activation form of an adapter.
+///
+/// Inputs are folded to matrices: `rows` is the product of all leading dimensions.
+pub trait Activation {
+    /// The adapted layer on `x` `[rows, d_in]`, giving `[rows, d_out]`. `base` computes the layer without its adapter.
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2>;
+
+    /// The adapted lookup of `ids` `[rows]`, giving `[rows, d_model]`; `None` when the adapter has only its weight form for embeddings.
+    fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {
+        let _ = (ids, base);
+        None
+    }
+}
+
+/// The frozen layer under an adapter.
+#[derive(Clone, Copy, Debug)]
+pub struct Base<'a> {
+    weight: &'a Param<Tensor<2>>,
+    bias: Option<&'a Param<Tensor<1>>>,
+}
+
+impl Base<'_> {
+    /// `x·W + b`, `[rows, d_in]` to `[rows, d_out]`.
+    pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
+        burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val))
+    }
+
+    /// The rows `ids` of `W`, `[rows]` to `[rows, d_model]`.
+    pub fn embedding(&self, ids: Tensor<1, Int>) -> Tensor<2> {
+        self.weight.base().select(0, ids)
+    }
+
+    /// The dense weight `[d_in, d_out]`.
+    pub fn weight(&self) -> Tensor<2> {
+        self.weight.base()
+    }
+}
+
+/// A linear layer through the activation seam: `layer.forward(x)`, but an attached adapter is computed on activations.
+///
+/// # Shapes
+/// `[..., d_in]` to `[..., d_out]`
+///
+/// ```
+/// # use burn::{nn::LinearConfig, tensor::{Device, Tensor}};
+/// let layer = LinearConfig::new(4, 8).init(&Device::flex());
+/// let y = peft_core::linear(&layer, Tensor::<3>::ones([2, 3, 4], &Device::flex()));
+/// assert_eq!(y.dims(), [2, 3, 8]);
+/// ```
+pub fn linear<const D: usize>(layer: &Linear, x: Tensor<D>) -> Tensor<D> {
+    linear_with(&layer.weight, layer.bias.as_ref(), x)
+}
+
+/// [`linear`] for a layer of another type, given its weight `[d_in, d_out]` and bias `[d_out]`.
+pub fn linear_with<const D: usize>(
+    weight: &Param<Tensor<2>>,
+    bias: Option<&Param<Tensor<1>>>,
+    x: Tensor<D>,
+) -> Tensor<D> {
+    let Some(adapter) = activation(weight) else {
+        return burn::tensor::module::linear(x, weight.val(), bias.map(Param::val));
+    };
+    let mut dims = x.dims();
+    let d_in = dims[D - 1];
+    let rows = dims.iter().product::<usize>() / d_in.max(1);
+    let y = adapter.linear(x.reshape([rows, d_in]), &Base { weight, bias }); // [rows, d_out]
+    dims[D - 1] = y.dims()[1];
+    y.reshape(dims)
+}
+
+/// An embedding layer through the activation seam: `layer.forward(ids)`, but an attached adapter is computed on the looked-up rows.
+///
+/// # Shapes
+/// `[batch, seq]` to `[batch, seq, d_model]`
+pub fn embedding(layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
+    let [batch, seq] = ids.dims();
+    let base = Base { weight: &layer.weight, bias: None };
+    match activation(&layer.weight).and_then(|adapter| adapter.embedding(ids.clone().reshape([batch * seq]), &base)) {
+        Some(y) => {
+            let width = y.dims()[1];
+            y.reshape([batch, seq, width])
+        }
+        None => layer.forward(ids),
+    }
+}
+
+type Lookup = for<'a> fn(&'a Param<Tensor<2>>) -> Option<&'a dyn Activation>;
+
+/// One lookup per method that was attached in this process. A parameter hands out its adapter only to who names its type, and the set
+/// of types is open, so attaching leaves the one function here that knows the type.
+static LOOKUPS: RwLock<Vec<(TypeId, Lookup)>> = RwLock::new(Vec::new());
+
+fn activation(weight: &Param<Tensor<2>>) -> Option<&dyn Activation> {
+    // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
+    let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    lookups.iter().find_map(|(_, lookup)| lookup(weight))
+}
+
+pub(crate) fn register<M: Method>() {
+    fn lookup<M: Method>(weight: &Param<Tensor<2>>) -> Option<&dyn Activation> {
+        weight.reparameterization::<M::Adapter>().and_then(M::activation)
+    }
+    let mut lookups = LOOKUPS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let id = TypeId::of::<M>();
+    if lookups.iter().all(|(known, _)| *known != id) {
+        lookups.push((id, lookup::<M>));
+    }
+}

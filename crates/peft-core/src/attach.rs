@@ -1,0 +1,172 @@
+//! Attaching: visit first, decide, and only then change the model.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use burn::module::{Module, Param, ParamId, Reparameterizer};
+use burn::tensor::Tensor;
+
+use crate::{Error, Method, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan};
+
+/// [`attach`] and the report as methods of every Burn module.
+pub trait Peft: Module {
+    /// [`attach`] with seed 0.
+    ///
+    /// # Errors
+    /// See [`attach`].
+    fn attach<M: Method>(self, method: &M) -> Result<Self> {
+        attach(self, method, 0)
+    }
+
+    /// How much of this module is trained.
+    fn trainable(&self) -> crate::Report {
+        crate::report(self)
+    }
+}
+
+impl<T: Module> Peft for T {}
+
+/// Freezes `module` and puts an adapter of `method` into every matched weight; `modules_to_save` and chosen biases stay trainable.
+///
+/// The clone of `module` made before is the un-adapted model: it shares the base weights and stays as it was.
+///
+/// # Errors
+/// [`Error::Attach`] with every reason at once: nothing matched (with the nearest names), a layer of another kind, already adapted, no
+/// activation seam where the method needs one. [`Error::Config`] for a configuration that makes no sense. Nothing is changed then.
+pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<T> {
+    let found = scan(&module);
+    let sites = select(&found, method)?;
+    let mut adapters = HashMap::new();
+    for site in &sites {
+        adapters.insert(site.id, method.init(site, seed)?);
+    }
+    let trained = trained_base(&module, method, &sites)?;
+    activation::register::<M>();
+    Ok(module.apply_reparameterization(Attacher { adapters, trained }))
+}
+
+/// The sites that `method` adapts in the scanned module.
+pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&'a Site>> {
+    method.check()?;
+    let matcher = method.targets().matcher()?;
+    let mut problems: Vec<Problem> =
+        found.adapted.iter().map(|path| Problem::AlreadyAdapted { path: path.clone() }).collect();
+    let by_path: BTreeMap<&str, &Site> = found.sites.iter().map(|s| (s.path.as_str(), s)).collect();
+    let mut sites = Vec::new();
+    for (path, container) in &found.modules {
+        let site = by_path.get(path.as_str()).copied();
+        if !matcher.matches(path, site.map(|s| s.kind)) {
+            continue;
+        }
+        match site {
+            Some(site) if method.kinds().contains(&site.kind) => {
+                if let (Some(reason), false) = (method.needs_activation(site), site.aware) {
+                    problems.push(Problem::NotAware { path: path.clone(), reason });
+                }
+                sites.push(site);
+            }
+            _ => problems.push(Problem::Kind {
+                path: path.clone(),
+                expected: format!("{:?}", method.kinds()),
+                found: container.clone(),
+            }),
+        }
+    }
+    if sites.is_empty() && problems.is_empty() {
+        let targets = method.targets().to_string();
+        let near = nearest(found.sites.iter().map(|site| site.path.as_str()), &targets);
+        problems.push(Problem::NoMatch { targets, near });
+    }
+    if problems.is_empty() { Ok(sites) } else { Err(Error::Attach { method: M::PEFT_TYPE, problems }) }
+}
+
+/// The distinct last components of `paths`, those most like a word of `wanted` first.
+fn nearest<'a>(paths: impl Iterator<Item = &'a str>, wanted: &str) -> Vec<String> {
+    const SHOWN: usize = 8;
+    let words: Vec<&str> = wanted.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|w| !w.is_empty()).collect();
+    let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();
+    let mut names: Vec<String> = names.into_iter().map(str::to_owned).collect();
+    names.sort_by_key(|name| words.iter().map(|word| distance(word, name)).min());
+    names.truncate(SHOWN);
+    names
+}
+
+/// Levenshtein distance.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let substitution = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = substitution.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The base parameters that stay trainable. An entry of `modules_to_save` that names nothing is an error, as for targets.
+fn trained_base<T: Module, M: Method>(module: &T, method: &M, sites: &[&Site]) -> Result<Vec<ParamId>> {
+    let matcher = method.targets().matcher()?;
+    let mut visitor = BaseParams::default();
+    module.visit(&mut visitor);
+    let adapted = |path: &str| sites.iter().any(|s| s.path == path);
+    let problems: Vec<Problem> = matcher
+        .modules_to_save()
+        .iter()
+        .filter(|name| {
+            let named = |path: &str| path.ends_with(name.as_str());
+            !visitor.params.iter().any(|(_, module, _)| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
+        })
+        .map(|name| Problem::NoMatch {
+            targets: format!("modules_to_save \"{name}\""),
+            near: nearest(visitor.params.iter().map(|(_, module, _)| module.as_str()), name),
+        })
+        .collect();
+    if !problems.is_empty() {
+        return Err(Error::Attach { method: M::PEFT_TYPE, problems });
+    }
+    let trained = |(_, module, param): &&(ParamId, String, String)| matcher.trains(module, param, adapted(module));
+    Ok(visitor.params.iter().filter(trained).map(|(id, ..)| *id).collect())
+}
+
+#[derive(Default)]
+struct BaseParams {
+    stack: PathStack,
+    /// Id, module path and Hugging Face's name of each base parameter.
+    params: Vec<(ParamId, String, String)>,
+}
+
+impl burn::module::ModuleVisitor for BaseParams {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.stack.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let location = self.stack.locate();
+        if location.field.is_none() {
+            let name = hf_name(&location, D).name;
+            let short = name.rsplit('.').next().unwrap_or_default().to_owned();
+            self.params.push((param.id, location.module, short));
+        }
+    }
+}
+
+struct Attacher<A> {
+    adapters: HashMap<ParamId, A>,
+    trained: Vec<ParamId>,
+}
+
+impl<A: burn::module::Reparameterization> Reparameterizer for Attacher<A> {
+    type Reparam = A;
+
+    fn reparameterize<const D: usize>(&mut self, _path: &str, param: Param<Tensor<D>>) -> (Param<Tensor<D>>, Option<A>) {
+        let adapter = self.adapters.remove(&param.id);
+        let trained = self.trained.contains(&param.id);
+        (param.set_require_grad(trained), adapter)
+    }
+}

@@ -1,0 +1,170 @@
+//! What attaching, loading and saving can refuse.
+
+use std::path::{Path, PathBuf};
+
+/// Result of this workspace's core.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that the core refuses. Each message says what, where, what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration of a method is wrong.
+    #[error("configuration field `{field}`: expected {expected}, found {found}")]
+    Config {
+        /// The field, by its name in `adapter_config.json`.
+        field: String,
+        /// What the field accepts.
+        expected: String,
+        /// What it holds.
+        found: String,
+    },
+    /// The method cannot be attached to this model; nothing was changed. All reasons at once.
+    #[error("{method} cannot be attached:\n{}", list(problems))]
+    Attach {
+        /// The method, for instance `LORA`.
+        method: &'static str,
+        /// Every reason.
+        problems: Vec<Problem>,
+    },
+    /// The operating system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("{}: {what}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The adapter in the folder belongs to another method, or uses a part of it that does not exist here.
+    #[error("{}: expected {expected}, found {found}", path.display())]
+    Method {
+        /// The configuration file.
+        path: PathBuf,
+        /// What the caller can load.
+        expected: String,
+        /// What the file asks for.
+        found: String,
+    },
+    /// The tensors of an adapter file are not those that its configuration asks for on this model. All differences at once.
+    #[error("{}: the adapter does not fit the model:\n{}", path.display(), list(problems))]
+    Tensors {
+        /// The tensor file.
+        path: PathBuf,
+        /// Every difference.
+        problems: Vec<Problem>,
+    },
+    /// Merging would write a value that is not finite, or has nowhere to put a bias.
+    #[error("cannot merge:\n{}", list(problems))]
+    Merge {
+        /// Every reason.
+        problems: Vec<Problem>,
+    },
+}
+
+/// One reason among several.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Problem {
+    /// The targets match no layer.
+    #[error("{targets} matches no layer of this model; the nearest names are: {}", near.join(", "))]
+    NoMatch {
+        /// The targets as configured.
+        targets: String,
+        /// Names that exist, nearest first.
+        near: Vec<String>,
+    },
+    /// A parameter carries an adapter already.
+    #[error("{path} is adapted already; attach to the clone made before, or merge first")]
+    AlreadyAdapted {
+        /// Path of the parameter.
+        path: String,
+    },
+    /// The matched module is of a kind that the method does not know.
+    #[error("{path} is a {found}; expected {expected}")]
+    Kind {
+        /// Path of the module.
+        path: String,
+        /// Kinds that would do.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// The method needs to see the layer's input, and the model calls `forward` on the layer itself.
+    #[error(
+        "{path}: {reason}, which a weight cannot express, and the model does not declare this layer adapter-aware; call \
+         `peft_core::linear` in its forward and give the module an `AdapterAware` field"
+    )]
+    NotAware {
+        /// Path of the module.
+        path: String,
+        /// What needs the activation seam.
+        reason: String,
+    },
+    /// A tensor that must be there is not.
+    #[error("{name}: missing; expected shape {expected:?}")]
+    Missing {
+        /// Key in the file.
+        name: String,
+        /// Shape that it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor that nothing asks for.
+    #[error("{name}: not part of this adapter on this model")]
+    Unknown {
+        /// Key in the file.
+        name: String,
+    },
+    /// A tensor of another shape.
+    #[error("{name}: expected shape {expected:?}, found {found:?}")]
+    Shape {
+        /// Key in the file.
+        name: String,
+        /// Shape that the model and the configuration ask for.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
+    /// Anything else about one place.
+    #[error("{path}: {what}")]
+    Other {
+        /// Path of the module or key of the tensor.
+        path: String,
+        /// The reason.
+        what: String,
+    },
+}
+
+impl Error {
+    /// For `map_err` on file operations.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    /// A malformed file.
+    pub fn format(path: impl AsRef<Path>, what: impl Into<String>) -> Self {
+        Self::Format { path: path.as_ref().to_owned(), what: what.into() }
+    }
+
+    /// A wrong value in a configuration.
+    pub fn config(field: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
+        Self::Config { field: field.into(), expected: expected.into(), found: found.to_string() }
+    }
+}
+
+fn list(problems: &[Problem]) -> String {
+    const SHOWN: usize = 20;
+    let mut lines: Vec<String> = problems.iter().take(SHOWN).map(|p| format!("  - {p}")).collect();
+    if problems.len() > SHOWN {
+        lines.push(format!("  - and {} more", problems.len() - SHOWN));
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,403 @@
+//! Adapter files in Hugging Face PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+//!
+//! Saving what was loaded gives the same bytes. Files are written next to their place and then renamed, so a full disk leaves the
+//! earlier adapter whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Tensor, TensorData};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, Value};
+
+use crate::{Error, Location, Matcher, Method, PathStack, Problem, Result, attach, hf_name, scan};
+
+/// The configuration's file name.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The tensors' file name.
+pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+
+const PREFIX: &str = "base_model.model.";
+
+/// A matrix or vector of an adapter file, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Values {
+    /// In the file's orientation.
+    pub shape: Vec<usize>,
+    /// As f32, whatever the file holds.
+    pub values: Vec<f32>,
+}
+
+/// An adapter as a value: what a folder in PEFT's layout holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterFile<M> {
+    /// The method's configuration.
+    pub method: M,
+    /// `base_model_name_or_path`.
+    pub base_model: Option<String>,
+    /// `task_type`, for instance `CAUSAL_LM`.
+    pub task_type: Option<String>,
+    /// Tensors by key, without the prefix `base_model.model.`
+    pub tensors: BTreeMap<String, Values>,
+}
+
+/// What a load forgives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Strictness {
+    /// Leave a tensor that the file lacks at its initial value.
+    pub allow_missing: bool,
+    /// Ignore a tensor that nothing asks for.
+    pub allow_unknown: bool,
+}
+
+/// The `peft_type` of the adapter in `dir`, so that an application can choose among the methods it knows.
+///
+/// # Errors
+/// When there is no readable `adapter_config.json` with a `peft_type`.
+pub fn peft_type(dir: &Path) -> Result<String> {
+    let path = dir.join(CONFIG_FILE);
+    let json = read_config(&path)?;
+    let found = json.get("peft_type").and_then(Value::as_str).map(str::to_owned);
+    found.ok_or_else(|| Error::format(path, "no `peft_type`; is this a PEFT adapter?"))
+}
+
+/// Writes the adapter of `module`: exactly the adapter's tensors, and the base parameters that were trained with it.
+///
+/// # Errors
+/// When the device or the file system fails, or `module` carries no adapter.
+pub fn save_adapter<T: Module, M: Method>(module: &T, method: &M, base_model: Option<&str>, dir: &Path) -> Result<()> {
+    let mut file = AdapterFile::collect(module, method)?;
+    file.base_model = base_model.map(str::to_owned);
+    file.task_type = Some("CAUSAL_LM".to_owned());
+    file.write(dir)
+}
+
+/// Reads the adapter in `dir` and attaches it to `module`, which must be un-adapted.
+///
+/// # Errors
+/// As [`attach`]; and when a tensor is missing, unknown, not finite or of another shape, all of them at once.
+pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M)> {
+    load_adapter_with(module, dir, Strictness::default())
+}
+
+/// [`load_adapter`] that forgives what `strictness` says.
+///
+/// # Errors
+/// As [`load_adapter`].
+pub fn load_adapter_with<T: Module, M: Method>(module: T, dir: &Path, strictness: Strictness) -> Result<(T, M)> {
+    let file = AdapterFile::<M>::read(dir)?;
+    let module = attach(module, &file.method, 0)?;
+    let method = file.method.clone();
+    Ok((file.fill(module, &dir.join(TENSOR_FILE), strictness)?, method))
+}
+
+impl<M: Method> AdapterFile<M> {
+    /// Takes the adapter out of `module`.
+    ///
+    /// # Errors
+    /// When the device fails to hand out a tensor, or there is no adapter of this method.
+    pub fn collect<T: Module>(module: &T, method: &M) -> Result<Self> {
+        let mut collector = Collector { keys: Keys::<M>::new(module, method)?, tensors: BTreeMap::new(), problems: Vec::new() };
+        if collector.keys.adapted.is_empty() {
+            let path = "model".to_owned();
+            collector.problems.push(Problem::Other { path, what: "carries no adapter".to_owned() });
+        }
+        module.visit(&mut collector);
+        let Collector { tensors, problems, .. } = collector;
+        if !problems.is_empty() {
+            return Err(Error::Attach { method: M::PEFT_TYPE, problems });
+        }
+        Ok(Self { method: method.clone(), base_model: None, task_type: None, tensors })
+    }
+
+    /// Puts these tensors into the adapter that `module` carries.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] with every difference at once; `path` is named in it.
+    pub fn fill<T: Module>(self, module: T, path: &Path, strictness: Strictness) -> Result<T> {
+        let keys = Keys::<M>::new(&module, &self.method)?;
+        let mut filler = Filler { keys, tensors: self.tensors, strictness, problems: Vec::new() };
+        let module = module.map(&mut filler);
+        let Filler { tensors, mut problems, .. } = filler;
+        if !strictness.allow_unknown {
+            problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
+        }
+        if problems.is_empty() { Ok(module) } else { Err(Error::Tensors { path: path.to_owned(), problems }) }
+    }
+
+    /// Reads a folder in PEFT's layout.
+    ///
+    /// # Errors
+    /// When a file is missing, malformed, of another method, or asks for something that is not built.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG_FILE);
+        let json = read_config(&path)?;
+        let found = json.get("peft_type").and_then(Value::as_str).unwrap_or("no peft_type");
+        if found != M::PEFT_TYPE {
+            return Err(Error::Method { path, expected: M::PEFT_TYPE.to_owned(), found: found.to_owned() });
+        }
+        M::check_file(&json)?;
+        let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
+        let (base_model, task_type) = (text("base_model_name_or_path"), text("task_type"));
+        // PEFT writes null for "the default", which serde would refuse in a field that is no option.
+        let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
+        let method: M = serde_json::from_value(Value::Object(json)).map_err(|e| Error::format(&path, e.to_string()))?;
+        method.check()?;
+        let strip = |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
+        let tensors = read_values(&dir.join(TENSOR_FILE))?.into_iter().map(strip).collect();
+        Ok(Self { method, base_model, task_type, tensors })
+    }
+
+    /// Writes a folder in PEFT's layout; both files or neither.
+    ///
+    /// # Errors
+    /// When the file system refuses; what was there before is left as it was.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let config = self.config_json()?;
+        let path = dir.join(TENSOR_FILE);
+        let prefixed = self.tensors.iter().map(|(key, values)| (format!("{PREFIX}{key}"), values));
+        let tensors = write_values(prefixed, &path)?;
+        write_atomically(dir, &[(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())])
+    }
+
+    fn config_json(&self) -> Result<String> {
+        let invalid = |e: serde_json::Error| Error::config(M::PEFT_TYPE, "values that JSON can hold", e);
+        let Value::Object(method) = serde_json::to_value(&self.method).map_err(invalid)? else {
+            return Err(Error::config(M::PEFT_TYPE, "a struct of named fields", "another type"));
+        };
+        let mut json: BTreeMap<String, Value> = method.into_iter().collect();
+        if json.get("bias").is_some_and(|bias| bias == "only") {
+            json.insert("bias".to_owned(), format!("{}_only", M::PEFT_TYPE.to_lowercase()).into());
+        }
+        json.insert("peft_type".to_owned(), M::PEFT_TYPE.into());
+        json.insert("base_model_name_or_path".to_owned(), self.base_model.clone().into());
+        json.insert("task_type".to_owned(), self.task_type.clone().into());
+        json.insert("inference_mode".to_owned(), true.into());
+        json.insert("auto_mapping".to_owned(), Value::Null);
+        json.insert("revision".to_owned(), Value::Null);
+        serde_json::to_string_pretty(&json).map_err(invalid)
+    }
+}
+
+/// Writes files of one folder so that each is seen either as it was or whole: first all beside their places, then the renames.
+///
+/// # Errors
+/// When the file system refuses; nothing was renamed then.
+pub fn write_atomically(dir: &Path, files: &[(&str, &[u8])]) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let mut written = Vec::with_capacity(files.len());
+    for (name, bytes) in files {
+        let path = dir.join(name);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".").suffix(".peft-tmp");
+        // `tempfile` makes files that only the owner can read; an adapter is as public as its folder.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(dir).map_err(Error::io(&path))?;
+        file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(Error::io(&path))?;
+        written.push((file, path));
+    }
+    for (file, path) in written {
+        file.persist(&path).map_err(|e| Error::Io { path: path.clone(), source: e.error })?;
+    }
+    Ok(())
+}
+
+fn read_config(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&text).map_err(|e| Error::format(path, format!("not a JSON object: {e}")))
+}
+
+/// The bytes of a safetensors file with these tensors in f32; `path` is for messages.
+///
+/// # Errors
+/// When a shape does not fit its values.
+pub fn write_values<'a>(tensors: impl IntoIterator<Item = (String, &'a Values)>, path: &Path) -> Result<Vec<u8>> {
+    let format = |e: safetensors::SafeTensorError| Error::format(path, e.to_string());
+    let raw: Vec<(String, Vec<u8>, &[usize])> = tensors
+        .into_iter()
+        .map(|(key, v)| (key, v.values.iter().flat_map(|x| x.to_le_bytes()).collect(), &v.shape[..]))
+        .collect();
+    let views = raw
+        .iter()
+        .map(|(key, bytes, shape)| Ok((key, TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(format)?)))
+        .collect::<Result<Vec<_>>>()?;
+    safetensors::serialize(views, Some(HashMap::from([("format".to_owned(), "pt".to_owned())]))).map_err(format)
+}
+
+/// The tensors of a safetensors file, which must be finite floats.
+///
+/// # Errors
+/// When the file cannot be read, is malformed, or holds anything else.
+pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    // The parser checks the header's length, every offset and every shape against the bytes that are there.
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, format!("not a safetensors file: {e}")))?;
+    let mut tensors = BTreeMap::new();
+    for (key, view) in file.tensors() {
+        let values = decode(view.dtype(), view.data())
+            .ok_or_else(|| Error::format(path, format!("{key}: expected a float type, found {:?}", view.dtype())))?;
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(Error::format(path, format!("{key}: holds a value that is not finite; the training that wrote it diverged")));
+        }
+        tensors.insert(key, Values { shape: view.shape().to_vec(), values });
+    }
+    Ok(tensors)
+}
+
+/// Little-endian floats as f32; `None` for a type that is no float.
+pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    Some(match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        _ => return None,
+    })
+}
+
+/// Floats in the little-endian form of `dtype`; `None` for a type that is no float.
+pub fn encode(dtype: Dtype, values: &[f32]) -> Option<Vec<u8>> {
+    Some(match dtype {
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
+        _ => return None,
+    })
+}
+
+/// Row-major transpose of a `[rows, columns]` matrix.
+pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    out.extend((0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])));
+    out
+}
+
+/// Which file key belongs to which parameter.
+struct Keys<M> {
+    stack: PathStack,
+    matcher: Matcher,
+    adapted: Vec<String>,
+    method: std::marker::PhantomData<M>,
+}
+
+struct Key {
+    name: String,
+    transposed: bool,
+    /// Whether the adapter is incomplete without it. PEFT also writes base weights that were not trained, such as an adapted embedding.
+    required: bool,
+}
+
+impl<M: Method> Keys<M> {
+    fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
+        let adapted = scan(module).adapted.iter().map(|p| p.strip_suffix(".weight").unwrap_or(p).to_owned()).collect();
+        Ok(Self { stack: PathStack::default(), matcher: method.targets().matcher()?, adapted, method: std::marker::PhantomData })
+    }
+
+    /// The key of the parameter that is being visited; `Err` when the method forgot to list one of its fields.
+    fn key(&self, rank: usize) -> std::result::Result<Key, Problem> {
+        let location = self.stack.locate();
+        let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
+        let listed = location.kind.map(M::tensors).unwrap_or_default().iter().find(|t| t.field == field);
+        match listed {
+            Some(t) => Ok(Key { name: format!("{}.{}", location.module, t.key), transposed: t.transposed, required: true }),
+            None => Err(Problem::Other {
+                path: self.stack.path(),
+                what: format!("{} does not list this field in `Method::tensors`", M::PEFT_TYPE),
+            }),
+        }
+    }
+
+    fn base_key(&self, location: &Location, rank: usize) -> Key {
+        let adapted = self.adapted.contains(&location.module);
+        let hf = hf_name(location, rank);
+        let param = hf.name.rsplit('.').next().unwrap_or_default();
+        let required = self.matcher.trains(&location.module, param, adapted);
+        // PEFT keeps the base of an adapted layer one level down.
+        let name = if adapted { format!("{}.base_layer.{param}", location.module) } else { hf.name };
+        Key { name, transposed: hf.transposed, required }
+    }
+}
+
+struct Collector<M> {
+    keys: Keys<M>,
+    tensors: BTreeMap<String, Values>,
+    problems: Vec<Problem>,
+}
+
+impl<M: Method> ModuleVisitor for Collector<M> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.keys.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.keys.stack.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let key = match self.keys.key(D) {
+            Ok(key) if key.required => key,
+            Ok(_) => return,
+            Err(problem) => return self.problems.push(problem),
+        };
+        match param.base().try_into_data() {
+            Ok(data) => {
+                let (shape, values) = (data.shape().to_vec(), data.iter::<f32>().collect::<Vec<_>>());
+                let values = match (key.transposed, &shape[..]) {
+                    (true, [r, c]) => Values { values: transpose(&values, *r, *c), shape: vec![*c, *r] },
+                    _ => Values { values, shape },
+                };
+                self.tensors.insert(key.name, values);
+            }
+            Err(e) => self.problems.push(Problem::Other { path: key.name, what: format!("{e:?}") }),
+        }
+    }
+}
+
+struct Filler<M> {
+    keys: Keys<M>,
+    tensors: BTreeMap<String, Values>,
+    strictness: Strictness,
+    problems: Vec<Problem>,
+}
+
+impl<M: Method> ModuleMapper for Filler<M> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.keys.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.keys.stack.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let key = match self.keys.key(D) {
+            Ok(key) => key,
+            Err(problem) => {
+                self.problems.push(problem);
+                return param;
+            }
+        };
+        let shape: Vec<usize> = param.lazy_shape().to_vec();
+        let expected = if key.transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
+        let Some(found) = self.tensors.remove(&key.name) else {
+            if key.required && !self.strictness.allow_missing {
+                self.problems.push(Problem::Missing { name: key.name, expected });
+            }
+            return param;
+        };
+        if found.shape != expected {
+            self.problems.push(Problem::Shape { name: key.name, expected, found: found.shape });
+            return param;
+        }
+        let values = if key.transposed { transpose(&found.values, expected[0], expected[1]) } else { found.values };
+        param.map(|old| {
+            let (device, trained) = (old.device(), old.is_require_grad());
+            Tensor::from_data(TensorData::new(values, shape), (&device, old.dtype())).set_require_grad(trained)
+        })
+    }
+}

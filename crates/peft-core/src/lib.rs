@@ -1,0 +1,32 @@
+//! The core of the workspace: what a method is, where it attaches, how it computes, and what its files look like.
+//!
+//! - [`Method`]: a configuration that makes one adapter per matched layer. A method is one file, in any crate.
+//! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
+//! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
+//! - [`linear`] and [`embedding`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
+//!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
+//! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
+//!
+//! Values replace state machines: the clone made before [`Peft::attach`] is the disabled model, the reference model and the un-merged model.
+
+mod activation;
+mod attach;
+mod error;
+pub mod files;
+mod location;
+mod merge;
+mod method;
+mod report;
+mod site;
+mod targets;
+
+pub use activation::{Activation, Base, embedding, linear, linear_with};
+pub use attach::{Peft, attach};
+pub use error::{Error, Problem, Result};
+pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
+pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
+pub use merge::merge;
+pub use method::{FileTensor, Method};
+pub use report::{Report, report};
+pub use site::{AdapterAware, Scan, Site, scan};
+pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};

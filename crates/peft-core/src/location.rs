@@ -1,0 +1,112 @@
+//! Where a traversal stands: the bridge between Burn's parameter paths and Hugging Face's names.
+
+/// What the layer around a parameter is, as far as adapters care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum LayerKind {
+    /// `nn::Linear`: weight `[d_in, d_out]` here, `[d_out, d_in]` in Hugging Face files.
+    Linear,
+    /// A linear layer whose files hold `[d_in, d_out]` too, as GPT-2's `Conv1D`: any struct of that name with `weight` and `bias`.
+    Conv1D,
+    /// `nn::Embedding`: weight `[n_embedding, d_model]` in both.
+    Embedding,
+}
+
+impl LayerKind {
+    fn of(container: &str) -> Option<Self> {
+        match container {
+            "Struct:Linear" => Some(Self::Linear),
+            "Struct:Conv1D" => Some(Self::Conv1D),
+            "Struct:Embedding" => Some(Self::Embedding),
+            _ => None,
+        }
+    }
+}
+
+/// The path stack of a [`burn::module::ModuleVisitor`] or [`burn::module::ModuleMapper`]: forward `enter_module` and `exit_module` to it.
+#[derive(Clone, Debug, Default)]
+pub struct PathStack {
+    names: Vec<String>,
+    containers: Vec<String>,
+}
+
+/// Where a parameter lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// Path of the module that owns the parameter, or that owns the adapted weight: `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// Type name of that module, for instance `Linear`.
+    pub container: String,
+    /// The module's kind, if it is one that adapters know.
+    pub kind: Option<LayerKind>,
+    /// Name of the parameter in the module, for instance `weight`.
+    pub param: String,
+    /// Inside an adapter: the path of the adapter's own field, for instance `a`.
+    pub field: Option<String>,
+}
+
+impl PathStack {
+    /// To be called from `enter_module`.
+    ///
+    /// The name of an enum's variant is not part of the path: `transformers` knows no such level.
+    pub fn enter(&mut self, name: &str, container: &str) {
+        self.names.push(if container.starts_with("Enum:") { String::new() } else { name.to_owned() });
+        self.containers.push(container.to_owned());
+    }
+
+    /// To be called from `exit_module`.
+    pub fn exit(&mut self) {
+        self.names.pop();
+        self.containers.pop();
+    }
+
+    /// The dotted path.
+    pub fn path(&self) -> String {
+        join(&self.names)
+    }
+
+    /// The path without its last component.
+    pub fn parent(&self) -> String {
+        join(&self.names[..self.names.len().saturating_sub(1)])
+    }
+
+    /// Where the parameter that is being visited lives.
+    pub fn locate(&self) -> Location {
+        let adapter = self.containers.iter().position(|c| c == "Reparameterization");
+        let end = adapter.unwrap_or(self.names.len());
+        let last = end.saturating_sub(1);
+        let container = self.containers.get(last).map_or("", String::as_str);
+        Location {
+            module: join(&self.names[..last]),
+            container: container.split_once(':').map_or(container, |(_, name)| name).to_owned(),
+            kind: LayerKind::of(container),
+            param: self.names.get(last).cloned().unwrap_or_default(),
+            field: adapter.map(|at| join(&self.names[at + 1..])),
+        }
+    }
+}
+
+fn join(names: &[String]) -> String {
+    names.iter().filter(|name| !name.is_empty()).map(String::as_str).collect::<Vec<_>>().join(".")
+}
+
+/// A parameter's name and orientation in Hugging Face files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HfName {
+    /// For instance `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// Whether the file holds the transpose.
+    pub transposed: bool,
+}
+
+/// How Hugging Face `transformers` names a base parameter of rank `rank`, given that modules carry the same names here and there.
+///
+/// Linear weights are transposed, and Burn's `gamma` and `beta` of norms are `weight` and `bias`.
+pub fn hf_name(location: &Location, rank: usize) -> HfName {
+    let param = match location.param.as_str() {
+        "gamma" => "weight",
+        "beta" => "bias",
+        other => other,
+    };
+    let name = if location.module.is_empty() { param.to_owned() } else { format!("{}.{param}", location.module) };
+    HfName { name, transposed: location.kind == Some(LayerKind::Linear) && rank == 2 }
+}

@@ -1,0 +1,90 @@
+//! What a method is.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+use burn::module::Reparameterization;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Activation, LayerKind, Result, Site, Targets};
+
+/// One tensor of an adapter, as Hugging Face's file holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileTensor {
+    /// Path of the field in the adapter, for instance `a`.
+    pub field: &'static str,
+    /// What follows the module path in the file's key, for instance `lora_A.weight`.
+    pub key: &'static str,
+    /// Whether the file holds the transpose of a matrix.
+    pub transposed: bool,
+}
+
+/// A parameter-efficient method: a configuration whose JSON is `adapter_config.json`, and the adapter that it puts into each matched weight.
+///
+/// A method is one file: module doc with formula and source, configuration, adapter, the implementations of `Method`,
+/// [`Reparameterization`] (weight form) and [`Activation`] (activation form), tests. Nothing else in the workspace has to know of it.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a fine-tuning method",
+    note = "a method implements `peft_core::Method` on its configuration; see `examples/custom_method.rs`"
+)]
+pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The name in `adapter_config.json`, for instance `LORA`.
+    const PEFT_TYPE: &'static str;
+
+    /// The trained state in one weight.
+    type Adapter: Reparameterization;
+
+    /// Which layers are adapted, and what is trained besides.
+    fn targets(&self) -> &Targets;
+
+    /// Refuses values that make no sense, naming the field by its name in the file.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config).
+    fn check(&self) -> Result<()>;
+
+    /// The kinds of layer that the method can adapt.
+    fn kinds(&self) -> &'static [LayerKind] {
+        &[LayerKind::Linear, LayerKind::Conv1D]
+    }
+
+    /// The adapter of one layer, with its initial values.
+    ///
+    /// # Errors
+    /// When the configuration does not fit this layer.
+    fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter>;
+
+    /// The adapter's tensors in the file, for a layer of that kind.
+    fn tensors(kind: LayerKind) -> &'static [FileTensor];
+
+    /// The adapter's activation form, if the method has one.
+    fn activation(adapter: &Self::Adapter) -> Option<&dyn Activation> {
+        let _ = adapter;
+        None
+    }
+
+    /// Why an adapter on this layer needs the activation seam during training; `None` when the weight form says the same.
+    fn needs_activation(&self, site: &Site) -> Option<String> {
+        let _ = site;
+        None
+    }
+
+    /// What merging adds to the layer's bias, `[d_out]`, given the adapter's tensors by field in row-major order.
+    ///
+    /// # Errors
+    /// When the configuration does not fit this layer.
+    fn bias_delta(&self, site: &Site, fields: &BTreeMap<String, Vec<f32>>) -> Result<Option<Vec<f32>>> {
+        let _ = (site, fields);
+        Ok(None)
+    }
+
+    /// Refuses a file that asks for a part of the method that is not built, by its raw JSON.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config), naming the field.
+    fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        let _ = json;
+        Ok(())
+    }
+}

@@ -1,0 +1,217 @@
+//! What a model offers to adapters, found in one visit.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn::module::{
+    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
+};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{LayerKind, PathStack};
+
+/// One layer that an adapter can sit in: its weight, and what a method needs to know of it.
+#[derive(Clone, Debug)]
+pub struct Site {
+    /// Path of the module, as `transformers` names it: `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// What the module is.
+    pub kind: LayerKind,
+    /// The weight.
+    pub id: ParamId,
+    /// Rows of the weight: input features, or the number of embedding vectors.
+    pub d_in: usize,
+    /// Columns of the weight: output features, or the width of an embedding vector.
+    pub d_out: usize,
+    /// Whether the layer has a bias.
+    pub has_bias: bool,
+    /// Whether the model calls [`linear`](crate::linear) or [`embedding`](crate::embedding) on it and says so with [`AdapterAware`].
+    pub aware: bool,
+    /// Type of the weight.
+    pub dtype: DType,
+    /// Device of the weight.
+    pub device: Device,
+}
+
+impl Site {
+    /// The random generator of this site: it depends on the seed and the path alone, so that a model gets the same adapter on every
+    /// device, whatever else is adapted.
+    pub fn rng(&self, seed: u64) -> ChaCha8Rng {
+        // FNV-1a over the path: stable across versions and machines, which `std`'s hasher does not promise.
+        let hash = self.path.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        ChaCha8Rng::seed_from_u64(seed ^ hash)
+    }
+
+    /// The type of adapter tensors on this site: the weight's, but f32 where that has less precision.
+    pub fn adapter_dtype(&self) -> DType {
+        if self.dtype == DType::F64 { DType::F64 } else { DType::F32 }
+    }
+
+    /// A trainable parameter with the values that `next` gives in row-major order.
+    pub fn param<const D: usize>(&self, shape: [usize; D], mut next: impl FnMut() -> f32) -> Param<Tensor<D>> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
+        Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), (&self.device, self.adapter_dtype())))
+    }
+
+    /// Values from `U(-bound, bound)`.
+    pub fn uniform<const D: usize>(&self, shape: [usize; D], bound: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        use rand::RngExt;
+        self.param(shape, || if bound > 0.0 { rng.random_range(-bound..bound) } else { 0.0 })
+    }
+
+    /// Values from `N(0, std²)`.
+    pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        use rand::RngExt;
+        self.param(shape, || std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+    }
+
+    /// Zeros.
+    pub fn zeros<const D: usize>(&self, shape: [usize; D]) -> Param<Tensor<D>> {
+        self.param(shape, || 0.0)
+    }
+}
+
+/// A field of a model's module that says: every linear and embedding layer below me is called through the activation seam.
+///
+/// Methods that no weight can express (dropout on the adapter's input, routing, bottlenecks) attach only to such layers.
+///
+/// ```
+/// use burn::{module::Module, nn::Linear, tensor::Tensor};
+/// use peft_core::{AdapterAware, linear};
+///
+/// #[derive(Module, Debug)]
+/// struct Block { up: Linear, down: Linear, aware: AdapterAware }
+///
+/// impl Block {
+///     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+///         linear(&self.down, linear(&self.up, x))
+///     }
+/// }
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AdapterAware;
+
+const AWARE: &str = "AdapterAware";
+
+impl Module for AdapterAware {
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        visitor.enter_module("", AWARE);
+        visitor.exit_module("", AWARE);
+    }
+
+    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
+        self
+    }
+
+    fn to_device(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn fork(self, _device: &Device) -> Self {
+        self
+    }
+
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        *self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+}
+
+impl ModuleDisplayDefault for AdapterAware {
+    fn content(&self, content: Content) -> Option<Content> {
+        content.add_formatted(&AWARE).optional()
+    }
+}
+
+impl ModuleDisplay for AdapterAware {}
+
+/// Everything that attaching needs to know of a model.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// The layers that adapters know, by the order of the visit.
+    pub sites: Vec<Site>,
+    /// Every module: path and type name, so that a target that is no layer can be named in the error.
+    pub modules: BTreeMap<String, String>,
+    /// Paths of parameters that carry an adapter.
+    pub adapted: BTreeSet<String>,
+}
+
+/// Visits `module` once, without initialising a lazy parameter.
+pub fn scan<M: Module>(module: &M) -> Scan {
+    let mut scanner = Scanner::default();
+    module.visit(&mut scanner);
+    let Scanner { mut scan, aware, biased, .. } = scanner;
+    for site in &mut scan.sites {
+        site.has_bias = biased.contains(&site.path);
+        site.aware = aware.iter().any(|prefix| {
+            prefix.is_empty() || site.path == *prefix || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+        });
+    }
+    scan
+}
+
+#[derive(Default)]
+struct Scanner {
+    stack: PathStack,
+    scan: Scan,
+    aware: BTreeSet<String>,
+    biased: BTreeSet<String>,
+}
+
+impl ModuleVisitor for Scanner {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        match container {
+            AWARE => {
+                self.aware.insert(self.stack.parent());
+            }
+            "Reparameterization" => {
+                self.scan.adapted.insert(self.stack.path());
+            }
+            _ => {
+                let owner = container.split_once(':').map_or(container, |(_, name)| name).to_owned();
+                self.scan.modules.entry(self.stack.path()).or_insert(owner);
+            }
+        }
+        self.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.stack.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let location = self.stack.locate();
+        if location.field.is_some() {
+            return;
+        }
+        if location.param == "bias" {
+            self.biased.insert(location.module);
+        } else if let (Some(kind), "weight", [d_in, d_out]) =
+            (location.kind, location.param.as_str(), &param.lazy_shape()[..])
+        {
+            self.scan.sites.push(Site {
+                path: location.module,
+                kind,
+                id: param.id,
+                d_in: *d_in,
+                d_out: *d_out,
+                has_bias: false,
+                aware: false,
+                dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
+                device: param.lazy_device(),
+            });
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! Which modules are adapted and what else is trained, by exactly Hugging Face PEFT's rules.
+
+use std::fmt;
+
+use fancy_regex::Regex;
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, LayerKind, Result};
+
+/// A regular expression that must match a whole name, or a list of dotted suffixes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Names {
+    /// A regular expression over the whole module name; `all-linear` stands for every linear layer but the output head.
+    Pattern(String),
+    /// Each entry matches the module of that name and every module whose name ends in `.` and the entry.
+    List(Vec<String>),
+}
+
+/// One value or several, as Hugging Face's files hold both.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// `3`
+    One(T),
+    /// `[3, 4]`
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// The values as a slice.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Many(values) => values,
+        }
+    }
+}
+
+/// Which biases of the base are trained along with the adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bias {
+    /// No bias.
+    #[default]
+    None,
+    /// Every parameter called `bias`.
+    All,
+    /// The biases of the adapted layers; in a file the method's name stands before it, as in `lora_only`.
+    Only,
+}
+
+impl Serialize for Bias {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::Only => "only",
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Bias {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "none" => Ok(Self::None),
+            "all" => Ok(Self::All),
+            only if only == "only" || only.ends_with("_only") => Ok(Self::Only),
+            other => Err(serde::de::Error::custom(format!("bias: expected none, all or lora_only, found {other}"))),
+        }
+    }
+}
+
+/// Which modules a method adapts and which base parameters it trains besides. Field names are those of `adapter_config.json`.
+///
+/// Module names are the dotted paths of the model, which for the models of this workspace are those of `transformers`.
+/// Nothing is targeted by default: the caller chooses.
+///
+/// ```
+/// use peft_core::{LayerKind, Targets};
+///
+/// let targets = Targets::modules(["q_proj", "v_proj"]).matcher().unwrap();
+/// assert!(targets.matches("model.layers.0.self_attn.q_proj", Some(LayerKind::Linear)));
+/// assert!(!targets.matches("model.layers.0.self_attn.k_proj", Some(LayerKind::Linear)));
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Targets {
+    /// The modules to adapt.
+    pub target_modules: Option<Names>,
+    /// Modules to leave out; looked at before everything else.
+    pub exclude_modules: Option<Names>,
+    /// Adapt only these layers of the stack.
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// Name of the stack, for instance `layers`; needs `layers_to_transform`.
+    pub layers_pattern: Option<OneOrMany<String>>,
+    /// Modules to train and save whole. As in PEFT, every module whose name ends so, with or without a dot before.
+    pub modules_to_save: Option<Vec<String>>,
+    /// Biases of the base to train.
+    pub bias: Bias,
+}
+
+impl Targets {
+    /// Every module of one of these names.
+    pub fn modules<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
+        Self { target_modules: Some(Names::List(names.into_iter().map(Into::into).collect())), ..Self::default() }
+    }
+
+    /// Every module whose whole name this regular expression matches.
+    pub fn pattern(pattern: impl Into<String>) -> Self {
+        Self { target_modules: Some(Names::Pattern(pattern.into())), ..Self::default() }
+    }
+
+    /// Every linear layer but the output head (`lm_head`).
+    pub fn all_linear() -> Self {
+        Self::pattern("all-linear")
+    }
+
+    /// Compiles the rules.
+    ///
+    /// # Errors
+    /// Names the field of a regular expression that does not compile, or of a combination that PEFT refuses too.
+    pub fn matcher(&self) -> Result<Matcher> {
+        if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
+            return Err(Error::config("layers_to_transform", "layer indices when layers_pattern is given", "null"));
+        }
+        let pattern = matches!(self.target_modules, Some(Names::Pattern(_)));
+        for (field, given) in [
+            ("layers_to_transform", self.layers_to_transform.is_some()),
+            ("layers_pattern", self.layers_pattern.is_some()),
+        ] {
+            if pattern && given {
+                return Err(Error::config(field, "null when target_modules is a regular expression", "a value"));
+            }
+        }
+        let layer_index = match &self.layers_pattern {
+            Some(patterns) if !patterns.as_slice().is_empty() => patterns
+                .as_slice()
+                .iter()
+                .map(|p| regex("layers_pattern", &format!(r"^(?:|.*?\.){p}\.(\d+)\.")))
+                .collect::<Result<_>>()?,
+            _ => vec![regex("layers_pattern", r"^.*?\.[^.]*\.(\d+)\.")?],
+        };
+        let kept_whole = self.modules_to_save.iter().flatten();
+        Ok(Matcher {
+            target: self.target_modules.as_ref().map(|n| NameRule::new("target_modules", n)).transpose()?,
+            exclude: self.exclude_modules.as_ref().map(|n| NameRule::new("exclude_modules", n)).transpose()?,
+            inside_saved: kept_whole
+                .map(|m| regex("modules_to_save", &format!(r"(^|^.*\.){m}($|\..*)")))
+                .collect::<Result<_>>()?,
+            layers: self.layers_to_transform.clone(),
+            layer_index,
+            modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
+            bias: self.bias,
+        })
+    }
+}
+
+impl fmt::Display for Targets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.target_modules {
+            None => f.write_str("target_modules null"),
+            Some(Names::Pattern(pattern)) => write!(f, "target_modules \"{pattern}\""),
+            Some(Names::List(list)) => write!(f, "target_modules {list:?}"),
+        }?;
+        if let Some(layers) = &self.layers_to_transform {
+            write!(f, " in layers {:?}", layers.as_slice())?;
+        }
+        if self.exclude_modules.is_some() {
+            f.write_str(" after exclude_modules")?;
+        }
+        Ok(())
+    }
+}
+
+/// The compiled form of [`Targets`].
+#[derive(Debug)]
+pub struct Matcher {
+    target: Option<NameRule>,
+    exclude: Option<NameRule>,
+    inside_saved: Vec<Regex>,
+    layers: Option<OneOrMany<usize>>,
+    layer_index: Vec<Regex>,
+    modules_to_save: Vec<String>,
+    bias: Bias,
+}
+
+#[derive(Debug)]
+enum NameRule {
+    AllLinear,
+    Pattern(Regex),
+    List(Vec<String>),
+}
+
+impl NameRule {
+    fn new(field: &'static str, names: &Names) -> Result<Self> {
+        Ok(match names {
+            Names::Pattern(p) if field == "target_modules" && p.eq_ignore_ascii_case("all-linear") => Self::AllLinear,
+            Names::Pattern(p) => Self::Pattern(regex(field, &format!(r"\A(?:{p})\z"))?),
+            Names::List(list) => Self::List(list.clone()),
+        })
+    }
+
+    /// Whether the rule names `key`, and whether it does so exactly rather than by a suffix.
+    fn find(&self, key: &str, kind: Option<LayerKind>) -> (bool, bool) {
+        match self {
+            Self::AllLinear => {
+                let linear = matches!(kind, Some(LayerKind::Linear | LayerKind::Conv1D));
+                (linear && key.rsplit('.').next() != Some("lm_head"), false)
+            }
+            Self::Pattern(pattern) => (is_match(pattern, key), true),
+            Self::List(list) => {
+                let exact = list.iter().any(|name| name == key);
+                (exact || list.iter().any(|name| ends_with_segment(key, name)), exact)
+            }
+        }
+    }
+}
+
+impl Matcher {
+    /// Whether the module `key`, of kind `kind`, is adapted.
+    pub fn matches(&self, key: &str, kind: Option<LayerKind>) -> bool {
+        let Some(target) = &self.target else { return false };
+        if self.exclude.as_ref().is_some_and(|rule| rule.find(key, kind).0)
+            || self.inside_saved.iter().any(|pattern| is_match(pattern, key))
+        {
+            return false;
+        }
+        let (found, exact) = target.find(key, kind);
+        match &self.layers {
+            // PEFT looks at the layer index only when a suffix matched, not when the whole name did.
+            Some(layers) if found && !exact => {
+                self.layer_of(key).is_some_and(|layer| layers.as_slice().contains(&layer))
+            }
+            _ => found,
+        }
+    }
+
+    /// Whether the base parameter `param` of module `key` is trained and saved along with the adapter.
+    pub fn trains(&self, key: &str, param: &str, adapted: bool) -> bool {
+        self.saves_module(key)
+            || match self.bias {
+                Bias::None => false,
+                Bias::All => param == "bias",
+                Bias::Only => param == "bias" && adapted,
+            }
+    }
+
+    /// Whether the module, or one that contains it, is in `modules_to_save`.
+    pub fn saves_module(&self, key: &str) -> bool {
+        // PEFT compares the plain end of the name, without asking for a dot before it.
+        self.modules_to_save.iter().any(|name| {
+            let prefixes = key.match_indices('.').map(|(at, _)| &key[..at]).chain([key]);
+            prefixes.into_iter().any(|prefix| prefix.ends_with(name.as_str()))
+        })
+    }
+
+    /// The entries of `modules_to_save`.
+    pub fn modules_to_save(&self) -> &[String] {
+        &self.modules_to_save
+    }
+
+    fn layer_of(&self, key: &str) -> Option<usize> {
+        let captures = self.layer_index.iter().find_map(|pattern| pattern.captures(key).ok().flatten())?;
+        captures.get(1)?.as_str().parse().ok()
+    }
+}
+
+/// The value of the first entry of `patterns` that names `key`: `(.*\.)?(entry)$`, in the order of the map.
+///
+/// # Errors
+/// Names `field` when an entry is not a regular expression.
+pub fn pattern_value<'a, T>(field: &str, patterns: &'a IndexMap<String, T>, key: &str) -> Result<Option<&'a T>> {
+    for (pattern, value) in patterns {
+        if is_match(&regex(field, &format!(r"\A(.*\.)?({pattern})$"))?, key) {
+            return Ok(Some(value));
+        }
+    }
+    Ok(None)
+}
+
+fn ends_with_segment(key: &str, name: &str) -> bool {
+    key.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+}
+
+fn regex(field: &str, pattern: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|e| Error::config(field, "a regular expression", format!("{pattern}: {e}")))
+}
+
+/// A pattern that runs into the engine's backtracking limit counts as no match, so a hostile file cannot hang the loader.
+fn is_match(pattern: &Regex, key: &str) -> bool {
+    pattern.is_match(key).unwrap_or(false)
+}

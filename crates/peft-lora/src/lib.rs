@@ -1,0 +1,9 @@
+//! LoRA, and what belongs to it: combining adapters and LoRA+ learning rates.
+
+pub mod combine;
+mod lora;
+mod plus;
+
+pub use combine::{Combination, combine};
+pub use lora::{InitWeights, LoraAdapter, LoraConfig};
+pub use plus::{LoraPlus, lora_plus};

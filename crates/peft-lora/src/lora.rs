@@ -1,0 +1,318 @@
+//! LoRA: a low-rank sum on frozen weights. Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+//!
+//! - formula: `y = x·W + b + s·(dropout(x)·A·B + β)`, `A: [d_in, rank]`, `B: [rank, d_out]`
+//! - scale: `s = alpha / rank`, or `alpha / √rank` with rsLoRA
+//! - trained: `rank · (d_in + d_out)` values a weight, `d_out` more with `lora_bias`
+//! - at init: identity, since `B = 0` (for embeddings `A = 0`), unless `init_lora_weights` is `false`
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, Param, Reparameterization};
+use burn::nn::{Dropout, DropoutConfig};
+use burn::tensor::{Int, Tensor};
+use indexmap::IndexMap;
+use peft_core::{
+    Activation, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
+};
+use serde::{Deserialize, Serialize};
+
+/// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
+///
+/// ```
+/// use burn::{nn::LinearConfig, tensor::{Device, Tensor}};
+/// use peft_core::{Peft, Targets, linear};
+/// use peft_lora::LoraConfig;
+///
+/// #[derive(burn::module::Module, Debug)]
+/// struct Model { proj: burn::nn::Linear }
+///
+/// let device = Device::flex().autodiff();
+/// let model = Model { proj: LinearConfig::new(16, 16).init(&device) };
+/// let lora = LoraConfig::new(4, Targets::modules(["proj"])).with_alpha(8.0);
+/// let model = model.attach(&lora)?;
+/// assert_eq!(model.trainable().trainable, 4 * (16 + 16));
+/// let y = linear(&model.proj, Tensor::<2>::ones([1, 16], &device));
+/// # Ok::<(), peft_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoraConfig {
+    /// Rank of the update.
+    #[serde(rename = "r")]
+    pub rank: usize,
+    /// Numerator of the scale.
+    #[serde(rename = "lora_alpha")]
+    pub alpha: f64,
+    /// Probability that an input of `A` is dropped during training.
+    #[serde(rename = "lora_dropout")]
+    pub dropout: f64,
+    /// Scale by `alpha / √rank`.
+    pub use_rslora: bool,
+    /// Train a bias next to `B`.
+    pub lora_bias: bool,
+    /// Initial values of `A` and `B`.
+    pub init_lora_weights: InitWeights,
+    /// Other ranks for modules that a name or regular expression matches; the first entry that matches counts.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Other alphas, by the same rule.
+    pub alpha_pattern: IndexMap<String, f64>,
+    /// Whether the file's base weights are `[d_in, d_out]`, as GPT-2's. Written for Hugging Face; here the layer itself knows.
+    pub fan_in_fan_out: bool,
+    /// Which layers.
+    #[serde(flatten)]
+    pub targets: Targets,
+}
+
+/// Initial values of an adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InitWeights {
+    /// `A ~ U(±1/√d_in)`, `B = 0`: Kaiming with `a = √5`, PEFT's default. Embeddings: `A = 0`, `B ~ N(0, 1)`.
+    #[default]
+    Kaiming,
+    /// `A ~ N(0, 1/rank²)`, `B = 0`.
+    Gaussian,
+    /// Both random, so the adapter is no identity: for tests.
+    Random,
+}
+
+impl Serialize for InitWeights {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::Kaiming => serializer.serialize_bool(true),
+            Self::Random => serializer.serialize_bool(false),
+            Self::Gaussian => serializer.serialize_str("gaussian"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for InitWeights {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match serde_json::Value::deserialize(deserializer)? {
+            serde_json::Value::Bool(true) => Ok(Self::Kaiming),
+            serde_json::Value::Bool(false) => Ok(Self::Random),
+            serde_json::Value::String(s) if s == "gaussian" => Ok(Self::Gaussian),
+            other => Err(serde::de::Error::custom(format!("init_lora_weights: expected true, false or \"gaussian\", found {other}"))),
+        }
+    }
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            use_rslora: false,
+            lora_bias: false,
+            init_lora_weights: InitWeights::Kaiming,
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+            fan_in_fan_out: false,
+            targets: Targets::default(),
+        }
+    }
+}
+
+impl LoraConfig {
+    /// LoRA of rank `rank` on `targets`, with `alpha = rank`, that is a scale of one.
+    pub fn new(rank: usize, targets: Targets) -> Self {
+        Self { rank, alpha: rank as f64, targets, ..Self::default() }
+    }
+
+    /// Sets the numerator of the scale.
+    #[must_use]
+    pub fn with_alpha(self, alpha: f64) -> Self {
+        Self { alpha, ..self }
+    }
+
+    /// Sets the dropout on the adapter's input.
+    #[must_use]
+    pub fn with_dropout(self, dropout: f64) -> Self {
+        Self { dropout, ..self }
+    }
+
+    /// Sets the initial values.
+    #[must_use]
+    pub fn with_init(self, init_lora_weights: InitWeights) -> Self {
+        Self { init_lora_weights, ..self }
+    }
+
+    /// The rank of the module `path`.
+    ///
+    /// # Errors
+    /// When an entry of `rank_pattern` is no regular expression.
+    pub fn rank_of(&self, path: &str) -> Result<usize> {
+        Ok(*pattern_value("rank_pattern", &self.rank_pattern, path)?.unwrap_or(&self.rank))
+    }
+
+    /// The scale of the module `path`.
+    ///
+    /// # Errors
+    /// When an entry of `rank_pattern` or `alpha_pattern` is no regular expression.
+    pub fn scale_of(&self, path: &str) -> Result<f64> {
+        let alpha = pattern_value("alpha_pattern", &self.alpha_pattern, path)?.unwrap_or(&self.alpha);
+        let rank = self.rank_of(path)? as f64;
+        Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
+    }
+}
+
+/// State of [`LoraConfig`] in one weight.
+#[derive(Module, Debug)]
+pub struct LoraAdapter {
+    /// `[d_in, rank]`
+    pub a: Param<Tensor<2>>,
+    /// `[rank, d_out]`
+    pub b: Param<Tensor<2>>,
+    /// `[d_out]`
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Factor of the update.
+    pub scale: f64,
+    /// On the input of `a`; acts only during training.
+    pub dropout: Dropout,
+}
+
+impl LoraAdapter {
+    /// `s·A·B`, `[d_in, d_out]`.
+    pub fn delta(&self) -> Tensor<2> {
+        (self.a.val() * self.scale).matmul(self.b.val())
+    }
+}
+
+impl Method for LoraConfig {
+    const PEFT_TYPE: &'static str = "LORA";
+    type Adapter = LoraAdapter;
+
+    fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    fn check(&self) -> Result<()> {
+        for rank in self.rank_pattern.values().chain([&self.rank]) {
+            if *rank == 0 {
+                return Err(Error::config("r", "a rank of at least 1", rank));
+            }
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::config("lora_dropout", "a probability in 0..1", self.dropout));
+        }
+        for alpha in self.alpha_pattern.values().chain([&self.alpha]) {
+            if !alpha.is_finite() {
+                return Err(Error::config("lora_alpha", "a finite number", alpha));
+            }
+        }
+        Ok(())
+    }
+
+    fn kinds(&self) -> &'static [LayerKind] {
+        &[LayerKind::Linear, LayerKind::Conv1D, LayerKind::Embedding]
+    }
+
+    fn init(&self, site: &Site, seed: u64) -> Result<LoraAdapter> {
+        let (rank, mut rng) = (self.rank_of(&site.path)?, site.rng(seed));
+        let (a, b) = ([site.d_in, rank], [rank, site.d_out]);
+        let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
+        let (a, b) = match (site.kind, self.init_lora_weights) {
+            (LayerKind::Embedding, InitWeights::Random) => (site.normal(a, 1.0, &mut rng), site.normal(b, 1.0, &mut rng)),
+            (LayerKind::Embedding, _) => (site.zeros(a), site.normal(b, 1.0, &mut rng)),
+            (_, InitWeights::Kaiming) => (site.uniform(a, bound(site.d_in), &mut rng), site.zeros(b)),
+            (_, InitWeights::Gaussian) => (site.normal(a, 1.0 / rank as f32, &mut rng), site.zeros(b)),
+            (_, InitWeights::Random) => {
+                (site.uniform(a, bound(site.d_in), &mut rng), site.uniform(b, bound(rank), &mut rng))
+            }
+        };
+        let bias = match (self.lora_bias, self.init_lora_weights) {
+            (false, _) => None,
+            (true, _) if site.kind == LayerKind::Embedding => {
+                return Err(Error::config("lora_bias", format!("false: {} is an embedding, which has no bias", site.path), true));
+            }
+            (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)),
+            (true, _) => Some(site.zeros([site.d_out])),
+        };
+        let dropout = DropoutConfig::new(self.dropout).init();
+        Ok(LoraAdapter { a, b, bias, scale: self.scale_of(&site.path)?, dropout })
+    }
+
+    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
+        const fn tensor(field: &'static str, key: &'static str) -> FileTensor {
+            FileTensor { field, key, transposed: true }
+        }
+        match kind {
+            LayerKind::Embedding => &const { [tensor("a", "lora_embedding_A"), tensor("b", "lora_embedding_B")] },
+            LayerKind::Linear | LayerKind::Conv1D => &const {
+                let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
+                [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias]
+            },
+        }
+    }
+
+    fn activation(adapter: &LoraAdapter) -> Option<&dyn Activation> {
+        Some(adapter)
+    }
+
+    fn needs_activation(&self, site: &Site) -> Option<String> {
+        if self.lora_bias {
+            Some("lora_bias adds to the layer's output".to_owned())
+        } else if self.dropout > 0.0 && site.kind != LayerKind::Embedding {
+            Some("lora_dropout acts on the layer's input".to_owned())
+        } else {
+            None
+        }
+    }
+
+    fn bias_delta(&self, site: &Site, fields: &BTreeMap<String, Vec<f32>>) -> Result<Option<Vec<f32>>> {
+        let scale = self.scale_of(&site.path)? as f32;
+        Ok(fields.get("bias").map(|bias| bias.iter().map(|v| v * scale).collect()))
+    }
+
+    fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
+        const NOT_BUILT: [&str; 12] = [
+            "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
+            "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
+        ];
+        for field in NOT_BUILT {
+            let asked = json.get(field).is_some_and(|v| match v {
+                serde_json::Value::Null | serde_json::Value::Bool(false) => false,
+                serde_json::Value::Array(values) => !values.is_empty(),
+                serde_json::Value::Object(values) => !values.is_empty(),
+                _ => true,
+            });
+            if asked {
+                return Err(Error::config(field, "null: this part of LoRA is not built yet", &json[field]));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Reparameterization for LoraAdapter {
+    const NAME: &'static str = "lora";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        let (shape, dtype) = (base.shape(), base.dtype());
+        let delta = self.delta();
+        (base.cast(delta.dtype()) + delta.reshape::<D, _>(shape)).cast(dtype)
+    }
+}
+
+impl Activation for LoraAdapter {
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2> {
+        let y = base.linear(x.clone());
+        let a = self.a.val();
+        let x = self.dropout.forward(x.cast(a.dtype()));
+        // The scale goes where the tensor is smallest: [rows, rank].
+        let mut delta = (x.matmul(a) * self.scale).matmul(self.b.val()); // [rows, d_out]
+        if let Some(bias) = &self.bias {
+            delta = delta + (bias.val() * self.scale).unsqueeze();
+        }
+        let dtype = y.dtype();
+        y + delta.cast(dtype)
+    }
+
+    fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {
+        let y = base.embedding(ids.clone());
+        let delta = (self.a.val().select(0, ids) * self.scale).matmul(self.b.val());
+        let dtype = y.dtype();
+        Some(y + delta.cast(dtype))
+    }
+}

@@ -1,0 +1,38 @@
+//! LoRA+: `B` learns faster than `A`. Hayou et al. 2024, arXiv:2402.12354, section 4; defaults as in Hugging Face PEFT.
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::Tensor;
+use peft_core::PathStack;
+
+/// Parameters of a model by the learning rate that LoRA+ gives them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoraPlus {
+    /// `A` factors and everything else that is trained: the base learning rate.
+    pub slow: Vec<ParamId>,
+    /// `B` factors and their biases: the base learning rate times the ratio.
+    pub fast: Vec<ParamId>,
+}
+
+/// Sorts the trained parameters of `module`.
+pub fn lora_plus<M: Module>(module: &M) -> LoraPlus {
+    #[derive(Default)]
+    struct Sorter(PathStack, LoraPlus);
+    impl ModuleVisitor for Sorter {
+        fn enter_module(&mut self, name: &str, container: &str) {
+            self.0.enter(name, container);
+        }
+        fn exit_module(&mut self, _name: &str, _container: &str) {
+            self.0.exit();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            match self.0.locate().field.as_deref() {
+                Some("b" | "bias") => self.1.fast.push(param.id),
+                _ if param.is_require_grad() => self.1.slow.push(param.id),
+                _ => {}
+            }
+        }
+    }
+    let mut sorter = Sorter::default();
+    module.visit(&mut sorter);
+    sorter.1
+}

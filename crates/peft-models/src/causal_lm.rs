@@ -1,0 +1,70 @@
+//! One type for every decoder that this crate builds.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+
+use crate::attention::{KvCache, Layout};
+use crate::config::ModelConfig;
+use crate::gpt2::Gpt2;
+use crate::llama::Llama;
+
+/// A causal language model. Its parameter paths are the keys of `transformers`.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one model a process; a box would not be a Burn module")]
+pub enum CausalLm {
+    /// The Llama family.
+    Llama(Llama),
+    /// GPT-2.
+    Gpt2(Gpt2),
+}
+
+impl CausalLm {
+    /// A model of that shape with random weights, allocated only when first used.
+    pub fn new(config: &ModelConfig, device: &Device) -> Self {
+        match config {
+            ModelConfig::Llama(config) => Self::Llama(config.init(device)),
+            ModelConfig::Gpt2(config) => Self::Gpt2(config.init(device)),
+        }
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> ModelConfig {
+        match self {
+            Self::Llama(model) => ModelConfig::Llama(model.config().clone()),
+            Self::Gpt2(model) => ModelConfig::Gpt2(model.config().clone()),
+        }
+    }
+
+    /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, width]`.
+    pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, cache: Option<&mut KvCache>) -> Tensor<3> {
+        match self {
+            Self::Llama(model) => model.hidden(ids, layout, cache),
+            Self::Gpt2(model) => model.hidden(ids, layout, cache),
+        }
+    }
+
+    /// Logits of hidden states: `[rows, width]` to `[rows, vocab_size]`.
+    pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Llama(model) => model.head(hidden),
+            Self::Gpt2(model) => model.head(hidden),
+        }
+    }
+
+    /// Logits of every token: `[batch, seq]` to `[batch, seq, vocab_size]`.
+    pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, seq] = ids.dims();
+        let logits = self.head(self.hidden(ids, Layout::Rows, None).flatten(0, 1));
+        let vocab = logits.dims()[1];
+        logits.reshape([batch, seq, vocab])
+    }
+
+    /// The same model with an output head apart from the embedding table, where the family allows it.
+    #[must_use]
+    pub fn untied(self) -> Self {
+        match self {
+            Self::Llama(model) => Self::Llama(model.untied()),
+            gpt2 @ Self::Gpt2(_) => gpt2,
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! A Hugging Face directory as a source of tensors: one `model.safetensors`, or shards with an index.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use peft_core::files::decode;
+use safetensors::tensor::{Metadata, SafeTensors};
+use safetensors::Dtype;
+
+use crate::weights::{TensorInfo, Weights};
+use crate::{Error, Result};
+
+/// The safetensors files of a folder. Only headers are read at first; each tensor is read when it is asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    tensors: Vec<TensorInfo>,
+    places: Vec<Place>,
+    files: Vec<Shard>,
+}
+
+#[derive(Clone, Debug)]
+enum Shard {
+    File(PathBuf),
+    Memory(&'static [u8]),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    file: usize,
+    start: u64,
+    dtype: Dtype,
+}
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// The format's own bound on the header.
+const LARGEST_HEADER: u64 = 100_000_000;
+
+impl Checkpoint {
+    /// Opens the weights in `dir`.
+    ///
+    /// # Errors
+    /// When there are none, a header is malformed, or a file is shorter than its header says.
+    pub fn open(dir: &Path) -> Result<Self> {
+        Self::index(dir, shards(dir)?.into_iter().map(Shard::File).collect())
+    }
+
+    /// Opens one safetensors file that is in memory; `name` is for messages.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_bytes(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        Self::index(Path::new(name), vec![Shard::Memory(bytes)])
+    }
+
+    fn index(dir: &Path, files: Vec<Shard>) -> Result<Self> {
+        let mut found: BTreeMap<String, (TensorInfo, Place)> = BTreeMap::new();
+        for (at, shard) in files.iter().enumerate() {
+            let path = shard.path(dir);
+            let (metadata, data_start) = match shard {
+                Shard::File(path) => {
+                    let file = File::open(path).map_err(Error::io(path))?;
+                    let length = file.metadata().map_err(Error::io(path))?.len();
+                    header(path, file, length)?
+                }
+                Shard::Memory(bytes) => header(dir, *bytes, bytes.len() as u64)?,
+            };
+            for (name, info) in metadata.tensors() {
+                let (start, end) = info.data_offsets;
+                let tensor = TensorInfo {
+                    name: name.clone(),
+                    shape: info.shape.clone(),
+                    dtype: format!("{:?}", info.dtype),
+                    bytes: (end - start) as u64,
+                };
+                let place = Place { file: at, start: data_start + start as u64, dtype: info.dtype };
+                if found.insert(name.clone(), (tensor, place)).is_some() {
+                    return Err(Error::format(path, format!("{name}: another shard holds this tensor too")));
+                }
+            }
+        }
+        let (tensors, places) = found.into_values().unzip();
+        Ok(Self { dir: dir.to_owned(), tensors, places, files })
+    }
+
+    /// The shards' file names, in the order of the index.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|shard| match shard {
+            Shard::File(path) => path.file_name().and_then(|n| n.to_str()).unwrap_or(SINGLE),
+            Shard::Memory(_) => SINGLE,
+        })
+    }
+
+    /// The tensors of one shard, with their types.
+    pub fn in_file(&self, file: usize) -> impl Iterator<Item = (&TensorInfo, Dtype)> {
+        self.tensors.iter().zip(&self.places).filter(move |(_, p)| p.file == file).map(|(t, p)| (t, p.dtype))
+    }
+
+    /// The bytes of one tensor, as they are in the file.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn bytes(&self, info: &TensorInfo) -> Result<Vec<u8>> {
+        let place = self.place(info)?;
+        let path = match &self.files[place.file] {
+            Shard::File(path) => path,
+            Shard::Memory(bytes) => {
+                let start = place.start as usize;
+                return Ok(bytes[start..start + info.bytes as usize].to_vec());
+            }
+        };
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        file.seek(SeekFrom::Start(place.start)).map_err(Error::io(path))?;
+        // The header was checked against the file's length, so this is no larger than the file.
+        let mut bytes = vec![0; usize::try_from(info.bytes).unwrap_or(usize::MAX)];
+        file.read_exact(&mut bytes).map_err(Error::io(path))?;
+        Ok(bytes)
+    }
+
+    fn place(&self, info: &TensorInfo) -> Result<Place> {
+        let at = self.tensors.binary_search_by(|t| t.name.cmp(&info.name));
+        at.map(|at| self.places[at]).map_err(|_| Error::format(&self.dir, format!("{}: no such tensor", info.name)))
+    }
+}
+
+impl Shard {
+    fn path<'a>(&'a self, dir: &'a Path) -> &'a Path {
+        match self {
+            Self::File(path) => path,
+            Self::Memory(_) => dir,
+        }
+    }
+}
+
+impl Weights for Checkpoint {
+    fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read(&self, info: &TensorInfo) -> Result<Vec<f32>> {
+        let dtype = self.place(info)?.dtype;
+        decode(dtype, &self.bytes(info)?).ok_or_else(|| Error::Unsupported {
+            what: format!("{}: type {dtype:?} in {}", info.name, self.dir.display()),
+            hint: "F32, F16, BF16 and F64 are read".to_owned(),
+        })
+    }
+}
+
+fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
+    let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    if !index.exists() {
+        let what = format!("neither {SINGLE} nor {INDEX} is here; a Hugging Face model directory holds one of them");
+        return Err(Error::format(dir, what));
+    }
+    let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::format(&index, format!("not JSON: {e}")))?;
+    let map = json.get("weight_map").and_then(serde_json::Value::as_object);
+    let map = map.ok_or_else(|| Error::format(&index, "no `weight_map` object"))?;
+    let mut names: Vec<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
+    names.sort_unstable();
+    names.dedup();
+    // A shard is a plain file name: an index must not lead out of its folder.
+    if let Some(bad) = names.iter().find(|n| Path::new(n).file_name() != Some(n.as_ref())) {
+        return Err(Error::format(&index, format!("`{bad}` is not a file of this folder")));
+    }
+    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+}
+
+fn header(path: &Path, mut file: impl Read, length: u64) -> Result<(Metadata, u64)> {
+    let mut prefix = [0; 8];
+    file.read_exact(&mut prefix).map_err(|_| Error::format(path, format!("{length} bytes are too few for a safetensors file")))?;
+    let header = u64::from_le_bytes(prefix);
+    if header > LARGEST_HEADER || header > length - 8 {
+        return Err(Error::format(path, format!("its header claims {header} bytes, the file has {length}; is it cut short?")));
+    }
+    let mut bytes = prefix.to_vec();
+    bytes.resize(8 + header as usize, 0);
+    file.read_exact(&mut bytes[8..]).map_err(Error::io(path))?;
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| Error::format(path, format!("not a safetensors file: {e}")))?;
+    let needed = 8 + header + metadata.tensors().values().map(|t| t.data_offsets.1 as u64).max().unwrap_or(0);
+    if needed > length {
+        return Err(Error::format(path, format!("cut short: {needed} bytes expected, {length} found")));
+    }
+    Ok((metadata, 8 + header))
+}

@@ -1,0 +1,147 @@
+//! GPT-2. Radford et al. 2019; fields carry the names of `transformers`, so paths are file keys.
+
+use burn::module::{Initializer, Module, Param};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
+use burn::tensor::activation::gelu_approximate;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::{AdapterAware, embedding, linear_with};
+
+use crate::attention::{KvCache, Layout, Pass, attend, split_heads};
+use crate::config::Gpt2Config;
+
+/// A GPT-2 language model; its head is the embedding table.
+#[derive(Module, Debug)]
+pub struct Gpt2 {
+    transformer: Gpt2Model,
+    aware: AdapterAware,
+    #[module(skip)]
+    config: Gpt2Config,
+}
+
+#[derive(Module, Debug)]
+struct Gpt2Model {
+    wte: Embedding,
+    wpe: Embedding,
+    h: Vec<Gpt2Block>,
+    ln_f: LayerNorm,
+}
+
+#[derive(Module, Debug)]
+struct Gpt2Block {
+    ln_1: LayerNorm,
+    attn: Gpt2Attention,
+    ln_2: LayerNorm,
+    mlp: Gpt2Mlp,
+}
+
+#[derive(Module, Debug)]
+struct Gpt2Attention {
+    c_attn: Conv1D,
+    c_proj: Conv1D,
+}
+
+#[derive(Module, Debug)]
+struct Gpt2Mlp {
+    c_fc: Conv1D,
+    c_proj: Conv1D,
+}
+
+/// A linear layer whose file holds `[d_in, d_out]`; the name tells `peft_core` so.
+#[derive(Module, Debug)]
+struct Conv1D {
+    weight: Param<Tensor<2>>,
+    bias: Option<Param<Tensor<1>>>,
+}
+
+impl Conv1D {
+    fn new(d_in: usize, d_out: usize, device: &Device) -> Self {
+        let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let linear = LinearConfig::new(d_in, d_out).with_initializer(initializer).init(device);
+        Self { weight: linear.weight, bias: linear.bias }
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        linear_with(&self.weight, self.bias.as_ref(), x)
+    }
+}
+
+impl Gpt2Config {
+    /// A model with random weights `N(0, 0.02²)`, allocated only when first used.
+    pub fn init(&self, device: &Device) -> Gpt2 {
+        let table = |rows| {
+            let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+            EmbeddingConfig::new(rows, self.n_embd).with_initializer(initializer).init(device)
+        };
+        let norm = || LayerNormConfig::new(self.n_embd).with_epsilon(self.layer_norm_epsilon).init(device);
+        let block = || Gpt2Block {
+            ln_1: norm(),
+            attn: Gpt2Attention {
+                c_attn: Conv1D::new(self.n_embd, 3 * self.n_embd, device),
+                c_proj: Conv1D::new(self.n_embd, self.n_embd, device),
+            },
+            ln_2: norm(),
+            mlp: Gpt2Mlp {
+                c_fc: Conv1D::new(self.n_embd, self.n_inner, device),
+                c_proj: Conv1D::new(self.n_inner, self.n_embd, device),
+            },
+        };
+        Gpt2 {
+            transformer: Gpt2Model {
+                wte: table(self.vocab_size),
+                wpe: table(self.n_positions),
+                h: (0..self.n_layer).map(|_| block()).collect(),
+                ln_f: norm(),
+            },
+            aware: AdapterAware,
+            config: self.clone(),
+        }
+    }
+}
+
+impl Gpt2 {
+    /// The shape of the model.
+    pub fn config(&self) -> &Gpt2Config {
+        &self.config
+    }
+
+    /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, n_embd]`.
+    ///
+    /// # Panics
+    /// When the sequence is longer than the position table.
+    pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let model = &self.transformer;
+        let [_, seq] = ids.dims();
+        let past = cache.as_ref().map_or(0, |c| c.len());
+        assert!(past + seq <= self.config.n_positions, "{} tokens, but {} positions", past + seq, self.config.n_positions);
+        let device = ids.device();
+        let pass = Pass::new(layout, past, seq, None, &[None], &device);
+        let (rows, positions): (usize, Vec<i64>) = match layout {
+            Layout::Rows => (1, (past..past + seq).map(|p| p as i64).collect()),
+            Layout::Packed { positions, .. } => (positions.len(), positions.iter().flatten().map(|p| i64::from(*p)).collect()),
+        };
+        let positions = Tensor::<2, Int>::from_data(TensorData::new(positions, [rows, seq]), &device);
+        let mut x = embedding(&model.wte, ids) + embedding(&model.wpe, positions);
+        for (at, block) in model.h.iter().enumerate() {
+            let cache = cache.as_mut().map(|c| (&mut **c, at));
+            let attended = block.attn.forward(block.ln_1.forward(x.clone()), self.config.n_head, &pass, cache);
+            x = x + attended;
+            let inner = gelu_approximate(block.mlp.c_fc.forward(block.ln_2.forward(x.clone())));
+            x = x + block.mlp.c_proj.forward(inner);
+        }
+        model.ln_f.forward(x)
+    }
+
+    /// Logits of hidden states: `[rows, n_embd]` to `[rows, vocab_size]`.
+    pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        hidden.matmul(self.transformer.wte.weight.base().transpose())
+    }
+}
+
+impl Gpt2Attention {
+    fn forward(&self, x: Tensor<3>, heads: usize, pass: &Pass, cache: Option<(&mut KvCache, usize)>) -> Tensor<3> {
+        let qkv = self.c_attn.forward(x).chunk(3, 2);
+        let [q, k, v]: [Tensor<3>; 3] = qkv.try_into().expect("three chunks of a width that is a multiple of three");
+        let (q, k, v) = (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads));
+        self.c_proj.forward(attend(q, k, v, pass, None, cache))
+    }
+}

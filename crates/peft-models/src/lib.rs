@@ -1,0 +1,28 @@
+//! Decoder models with the activation seam, and their files: Hugging Face directories, GGUF, the model hub.
+//!
+//! The models' parameter paths are the keys of `transformers`, so [`peft_core::Targets`] means here what it means there.
+
+mod attention;
+mod causal_lm;
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
+pub mod export;
+mod error;
+mod generate;
+pub mod gguf;
+mod gpt2;
+mod llama;
+pub mod load;
+mod pretrained;
+mod tiny;
+pub mod tokenizer;
+pub mod weights;
+
+pub use attention::{KvCache, Layout};
+pub use causal_lm::CausalLm;
+pub use error::{Error, Result};
+pub use generate::{Sampling, generate};
+pub use gpt2::Gpt2;
+pub use llama::Llama;
+pub use pretrained::{ModelSource, Origin, Pretrained};

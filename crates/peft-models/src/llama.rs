@@ -1,0 +1,166 @@
+//! The Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2.
+//!
+//! One block: `x += o(attention(rope(q), rope(k), v))` of `RMSNorm(x)`, then `x += down(silu(gate) · up)` of `RMSNorm(x)`.
+//! Touvron et al. 2023, arXiv:2302.13971; fields carry the names of `transformers`, so paths are file keys.
+
+use burn::module::{Initializer, Module};
+use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use burn::tensor::activation::silu;
+use burn::tensor::{Device, Int, Tensor};
+use peft_core::{AdapterAware, embedding, linear};
+
+use crate::attention::{KvCache, Layout, Pass, attend, split_heads};
+use crate::config::LlamaConfig;
+
+/// A causal language model of the Llama family.
+#[derive(Module, Debug)]
+pub struct Llama {
+    model: LlamaModel,
+    /// `None` when the head is the embedding table.
+    lm_head: Option<Linear>,
+    aware: AdapterAware,
+    #[module(skip)]
+    config: LlamaConfig,
+}
+
+#[derive(Module, Debug)]
+struct LlamaModel {
+    embed_tokens: Embedding,
+    layers: Vec<LlamaLayer>,
+    norm: RmsNorm,
+}
+
+#[derive(Module, Debug)]
+struct LlamaLayer {
+    self_attn: LlamaAttention,
+    mlp: LlamaMlp,
+    input_layernorm: RmsNorm,
+    post_attention_layernorm: RmsNorm,
+}
+
+#[derive(Module, Debug)]
+struct LlamaAttention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
+}
+
+#[derive(Module, Debug)]
+struct LlamaMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl LlamaConfig {
+    /// A model with random weights `N(0, 0.02²)`, allocated only when first used.
+    pub fn init(&self, device: &Device) -> Llama {
+        let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let proj = |d_in, d_out, bias| {
+            LinearConfig::new(d_in, d_out).with_bias(bias).with_initializer(initializer.clone()).init(device)
+        };
+        let norm = |width| RmsNormConfig::new(width).with_epsilon(self.rms_norm_eps).init(device);
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let layer = || LlamaLayer {
+            self_attn: LlamaAttention {
+                q_proj: proj(hidden, q, self.qkv_bias),
+                k_proj: proj(hidden, kv, self.qkv_bias),
+                v_proj: proj(hidden, kv, self.qkv_bias),
+                o_proj: proj(q, hidden, self.o_bias),
+                q_norm: self.qk_norm.then(|| norm(self.head_dim)),
+                k_norm: self.qk_norm.then(|| norm(self.head_dim)),
+            },
+            mlp: LlamaMlp {
+                gate_proj: proj(hidden, inner, self.mlp_bias),
+                up_proj: proj(hidden, inner, self.mlp_bias),
+                down_proj: proj(inner, hidden, self.mlp_bias),
+            },
+            input_layernorm: norm(hidden),
+            post_attention_layernorm: norm(hidden),
+        };
+        Llama {
+            model: LlamaModel {
+                embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden).with_initializer(initializer.clone()).init(device),
+                layers: (0..self.num_hidden_layers).map(|_| layer()).collect(),
+                norm: norm(hidden),
+            },
+            lm_head: (!self.tie_word_embeddings).then(|| proj(hidden, self.vocab_size, false)),
+            aware: AdapterAware,
+            config: self.clone(),
+        }
+    }
+}
+
+impl Llama {
+    /// The shape of the model.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, hidden_size]`.
+    pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let config = &self.config;
+        let [_, seq] = ids.dims();
+        let past = cache.as_ref().map_or(0, |c| c.len());
+        let rope = Some((&config.rope, config.head_dim));
+        let pass = Pass::new(layout, past, seq, rope, &config.sliding_window, &ids.device());
+        let mut x = embedding(&self.model.embed_tokens, ids);
+        for (at, layer) in self.model.layers.iter().enumerate() {
+            let cache = cache.as_mut().map(|c| (&mut **c, at));
+            let attended = layer.self_attn.forward(layer.input_layernorm.forward(x.clone()), config, &pass, at, cache);
+            x = x + attended;
+            x = x.clone() + layer.mlp.forward(layer.post_attention_layernorm.forward(x));
+        }
+        self.model.norm.forward(x)
+    }
+
+    /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.
+    pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        match &self.lm_head {
+            Some(head) => linear(head, hidden),
+            // As in `transformers`, an adapter on the embedding does not act on the tied head.
+            None => hidden.matmul(self.model.embed_tokens.weight.base().transpose()),
+        }
+    }
+
+    /// The same model with a head of its own, so that the head can be adapted, or the embedding merged, apart from the other.
+    #[must_use]
+    pub fn untied(mut self) -> Self {
+        if self.lm_head.is_none() {
+            let weight = self.model.embed_tokens.weight.base().transpose();
+            self.lm_head = Some(Linear { weight: burn::module::Param::from_tensor(weight.detach()), bias: None });
+            self.config.tie_word_embeddings = false;
+        }
+        self
+    }
+}
+
+impl LlamaAttention {
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        config: &LlamaConfig,
+        pass: &Pass,
+        layer: usize,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
+        let norm = |norm: &Option<RmsNorm>, x: Tensor<4>| norm.as_ref().map_or(x.clone(), |n| n.forward(x));
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let q = norm(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads));
+        let k = norm(&self.k_norm, split_heads(linear(&self.k_proj, x.clone()), kv_heads));
+        let v = split_heads(linear(&self.v_proj, x), kv_heads);
+        let (q, k) = (pass.rotate(q), pass.rotate(k));
+        linear(&self.o_proj, attend(q, k, v, pass, config.sliding_window[layer], cache))
+    }
+}
+
+impl LlamaMlp {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let gate = silu(linear(&self.gate_proj, x.clone()));
+        linear(&self.down_proj, gate * linear(&self.up_proj, x))
+    }
+}

@@ -1,0 +1,183 @@
+//! A model with all that belongs to it, from a Hugging Face directory, a GGUF file, the model hub, or the one in this crate.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use burn::tensor::Device;
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::gguf::Gguf;
+use crate::load::load_weights;
+use crate::tokenizer::{SpecialTokens, Tokenizer};
+use crate::weights::Weights;
+use crate::{CausalLm, Error, Result, tiny};
+
+/// Where a model comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// A folder with `config.json`, safetensors and `tokenizer.json`.
+    Dir(PathBuf),
+    /// A GGUF file.
+    Gguf(PathBuf),
+    /// `owner/name` on the model hub.
+    Hub(String),
+    /// The small model in this crate.
+    Tiny,
+}
+
+impl FromStr for ModelSource {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let path = Path::new(text);
+        let hub_id = || {
+            let mut parts = text.split('/');
+            let named = |part: Option<&str>| part.is_some_and(|p| !p.is_empty() && !p.starts_with('.'));
+            named(parts.next()) && named(parts.next()) && parts.next().is_none()
+        };
+        if text == "tiny" {
+            Ok(Self::Tiny)
+        } else if path.is_dir() {
+            Ok(Self::Dir(path.to_owned()))
+        } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            Ok(Self::Gguf(path.to_owned()))
+        } else if !path.exists() && hub_id() {
+            Ok(Self::Hub(text.to_owned()))
+        } else {
+            let what = "not a model: expected a Hugging Face directory, a .gguf file, a hub id as owner/name, or tiny";
+            Err(Error::format(path, what))
+        }
+    }
+}
+
+/// The file or folder behind a model.
+#[derive(Debug)]
+pub enum Origin {
+    /// Safetensors.
+    Checkpoint(Checkpoint),
+    /// GGUF.
+    Gguf(Box<Gguf>),
+}
+
+impl Origin {
+    /// The tensors, whatever holds them.
+    pub fn weights(&self) -> &dyn Weights {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint,
+            Self::Gguf(gguf) => gguf.as_ref(),
+        }
+    }
+}
+
+/// A model, its tokenizer and where both came from.
+#[derive(Debug)]
+pub struct Pretrained {
+    /// The model, un-adapted.
+    pub model: CausalLm,
+    /// `config.json`.
+    pub config: Value,
+    /// The file or folder.
+    pub origin: Origin,
+    /// As the user named it; written into adapters as `base_model_name_or_path`.
+    pub name: String,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl Pretrained {
+    /// Loads the model onto `device`, in f32.
+    ///
+    /// # Errors
+    /// When a file is missing, malformed or does not fit its configuration; when the architecture is not supported; when the hub cannot be
+    /// reached.
+    pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
+        let parts = Parts::open(source)?;
+        let config = ModelConfig::from_json(&parts.config, parts.origin.weights().path())?;
+        let tied = matches!(&config, ModelConfig::Gpt2(_)) || matches!(&config, ModelConfig::Llama(c) if c.tie_word_embeddings);
+        // Buffers that `transformers` computes itself, and the second name of a tied head.
+        let ignored = |name: &str| {
+            let buffer = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+            buffer || (tied && name == "lm_head.weight")
+        };
+        let model = load_weights(CausalLm::new(&config, device), parts.origin.weights(), ignored)?;
+        Ok(Self { model, config: parts.config, origin: parts.origin, name: parts.name, tokenizer: parts.tokenizer })
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// When the source has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || Error::format(&self.name, "no tokenizer.json here; only token ids can be used with this model");
+        self.tokenizer.as_ref().ok_or_else(missing)
+    }
+}
+
+/// Everything but the weights' values.
+struct Parts {
+    config: Value,
+    origin: Origin,
+    tokenizer: Option<Tokenizer>,
+    name: String,
+}
+
+impl Parts {
+    fn open(source: &ModelSource) -> Result<Self> {
+        match source {
+            ModelSource::Dir(dir) => Self::from_dir(dir, dir.display().to_string()),
+            ModelSource::Hub(id) => Self::from_dir(&hub(id)?, id.clone()),
+            ModelSource::Gguf(path) => {
+                let gguf = Gguf::open(path)?;
+                let ids = gguf.special_tokens()?;
+                let special = SpecialTokens { bos: ids.bos, eos: ids.eos.into_iter().collect(), pad: ids.pad };
+                let tokenizer = Tokenizer::new(gguf.tokenizer()?, special, gguf.chat_template().map(str::to_owned))?;
+                let (config, name) = (gguf.config()?, path.display().to_string());
+                Ok(Self { config, origin: Origin::Gguf(Box::new(gguf)), tokenizer: Some(tokenizer), name })
+            }
+            ModelSource::Tiny => {
+                let (config, checkpoint, tokenizer) = tiny::parts()?;
+                Ok(Self { config, origin: Origin::Checkpoint(checkpoint), tokenizer: Some(tokenizer), name: "tiny".to_owned() })
+            }
+        }
+    }
+
+    fn from_dir(dir: &Path, name: String) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let config = serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not JSON: {e}")))?;
+        let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(dir)).transpose()?;
+        Ok(Self { config, origin: Origin::Checkpoint(Checkpoint::open(dir)?), tokenizer, name })
+    }
+}
+
+/// Downloads a model, or finds it in the hub's cache, and gives its folder.
+#[cfg(feature = "hub")]
+fn hub(id: &str) -> Result<PathBuf> {
+    let failed = |e: hf_hub::api::sync::ApiError| Error::Hub { id: id.to_owned(), message: e.to_string() };
+    let cached = hf_hub::Cache::from_env().model(id.to_owned()).get("config.json");
+    let api = hf_hub::api::sync::ApiBuilder::from_env().build().map_err(failed)?.model(id.to_owned());
+    let config = match cached {
+        Some(path) => path,
+        None => api.get("config.json").map_err(failed)?,
+    };
+    for optional in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+        // A repository need not have these; the loader says so where one is needed.
+        api.get(optional).ok();
+    }
+    if api.get("model.safetensors").is_err() {
+        let index = api.get("model.safetensors.index.json").map_err(failed)?;
+        let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
+        let json: Value = serde_json::from_str(&text).map_err(|e| Error::format(&index, format!("not JSON: {e}")))?;
+        let shards = json.get("weight_map").and_then(Value::as_object).into_iter().flat_map(|m| m.values());
+        for shard in shards.filter_map(Value::as_str).collect::<std::collections::BTreeSet<_>>() {
+            api.get(shard).map_err(failed)?;
+        }
+    }
+    Ok(config.parent().unwrap_or(Path::new(".")).to_owned())
+}
+
+#[cfg(not(feature = "hub"))]
+fn hub(id: &str) -> Result<PathBuf> {
+    Err(Error::Hub { id: id.to_owned(), message: "this program was built without the feature `hub`".to_owned() })
+}

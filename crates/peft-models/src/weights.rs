@@ -1,0 +1,39 @@
+//! Named tensors on disk: what a Hugging Face directory and a GGUF file have in common.
+
+use std::path::Path;
+
+use crate::Result;
+
+/// Name, shape and stored type of one tensor, as Hugging Face `transformers` would call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// For instance `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// In the file's own order: `[d_out, d_in]` for a linear layer.
+    pub shape: Vec<usize>,
+    /// For instance `F32`, `BF16`, `Q4_1`.
+    pub dtype: String,
+    /// Bytes in the file.
+    pub bytes: u64,
+}
+
+/// A source of named tensors. Reading one tensor never reads the others.
+pub trait Weights: Sync {
+    /// The file or folder, for messages.
+    fn path(&self) -> &Path;
+
+    /// All tensors, sorted by name.
+    fn tensors(&self) -> &[TensorInfo];
+
+    /// The values of one tensor in row-major order, as f32.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is shorter than its header says.
+    fn read(&self, info: &TensorInfo) -> Result<Vec<f32>>;
+
+    /// The tensor of that name.
+    fn find(&self, name: &str) -> Option<&TensorInfo> {
+        let tensors = self.tensors();
+        tensors.binary_search_by(|t| t.name.as_str().cmp(name)).ok().map(|i| &tensors[i])
+    }
+}

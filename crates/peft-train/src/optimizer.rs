@@ -1,0 +1,135 @@
+//! `burn-optim`'s AdamW over the trained parameters, with global-norm clipping and a state that outlives the process.
+//!
+//! The mathematics of a step is `burn-optim`'s. What is ours is the bookkeeping by parameter path: `ModuleOptimizer` keys its state by ids
+//! that a new process draws anew, restores it onto whatever device is the default one, and clips each parameter by itself.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, GradientsParams, Optimizer};
+use burn::tensor::{Device, Tensor, TensorData};
+use peft_core::PathStack;
+use peft_core::files::Values;
+
+use crate::loss::scalar;
+
+/// AdamW. Loshchilov and Hutter 2019, arXiv:1711.05101, with PyTorch's defaults: β = (0.9, 0.999), ε = 1e-8.
+pub(crate) struct Optimization {
+    adamw: AdamW,
+    moments: BTreeMap<String, Moments>,
+}
+
+struct Moments {
+    time: usize,
+    first: Tensor<1>,
+    second: Tensor<1>,
+}
+
+/// Learning rate, and the factor by which LoRA+ raises it for the second factor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rates {
+    pub base: f64,
+    pub plus: f64,
+}
+
+impl Optimization {
+    pub(crate) fn new(weight_decay: f64) -> Self {
+        let adamw = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(weight_decay as f32).build();
+        Self { adamw, moments: BTreeMap::new() }
+    }
+
+    /// One step, with every gradient multiplied by `factor`.
+    pub(crate) fn step<M: Module>(&mut self, module: M, grads: GradientsParams, rates: Rates, factor: f64) -> M {
+        module.map(&mut Stepper { stack: PathStack::default(), optimization: self, grads, rates, factor })
+    }
+
+    /// The state by parameter path, as tensors for a safetensors file.
+    pub(crate) fn state(&self) -> std::result::Result<BTreeMap<String, Values>, burn::tensor::ExecutionError> {
+        let mut state = BTreeMap::new();
+        for (path, moments) in &self.moments {
+            for (name, tensor) in [("moment_1", &moments.first), ("moment_2", &moments.second)] {
+                let values: Vec<f32> = tensor.clone().try_into_data()?.iter::<f32>().collect();
+                state.insert(format!("{path}.{name}"), Values { shape: vec![values.len()], values });
+            }
+            state.insert(format!("{path}.time"), Values { shape: vec![1], values: vec![moments.time as f32] });
+        }
+        Ok(state)
+    }
+
+    /// The reverse of [`state`](Self::state); `None` when a tensor is missing or left over.
+    pub(crate) fn restore(&mut self, mut state: BTreeMap<String, Values>, device: &Device) -> Option<()> {
+        let device = &device.clone().without_autodiff();
+        let paths: Vec<String> = state.keys().filter_map(|k| k.strip_suffix(".time").map(str::to_owned)).collect();
+        for path in paths {
+            let mut take = |name: &str| Some(state.remove(&format!("{path}.{name}"))?.values);
+            let time = *take("time")?.first()? as usize;
+            let (first, second) = (take("moment_1")?, take("moment_2")?);
+            let tensor = |v: Vec<f32>| Tensor::<1>::from_data(TensorData::new(v.clone(), [v.len()]), device);
+            self.moments.insert(path, Moments { time, first: tensor(first), second: tensor(second) });
+        }
+        state.is_empty().then_some(())
+    }
+}
+
+struct Stepper<'a> {
+    stack: PathStack,
+    optimization: &'a mut Optimization,
+    grads: GradientsParams,
+    rates: Rates,
+    factor: f64,
+}
+
+impl ModuleMapper for Stepper<'_> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.stack.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
+        let path = self.stack.path();
+        // LoRA+ (arXiv:2402.12354): the factor that starts at zero learns faster.
+        let second = matches!(self.stack.locate().field.as_deref(), Some("b" | "bias"));
+        let rate = self.rates.base * if second { self.rates.plus } else { 1.0 };
+        let grad = if self.factor == 1.0 { grad } else { grad * self.factor };
+        let shape = grad.shape();
+        let state = self.optimization.moments.remove(&path).map(|m| {
+            let (first, second) = (m.first.reshape(shape.clone()), m.second.reshape(shape));
+            AdamWState::new(AdaptiveMomentumState::new(m.time, first, second))
+        });
+        let adamw = &self.optimization.adamw;
+        let mut new_state = None;
+        let param = param.map(|tensor| {
+            let (value, state) = adamw.step(rate, tensor.inner(), grad, state);
+            new_state = state;
+            Tensor::from_inner(value).require_grad()
+        });
+        if let Some(AdamWState { momentum: m }) = new_state {
+            let count = m.moment_1.shape().num_elements();
+            let (first, second) = (m.moment_1.reshape([count]), m.moment_2.reshape([count]));
+            self.optimization.moments.insert(path, Moments { time: m.time, first, second });
+        }
+        param
+    }
+}
+
+/// Euclidean norm over all gradients together, as `torch.nn.utils.clip_grad_norm_` takes it.
+pub(crate) fn global_norm<M: Module>(
+    module: &M,
+    grads: &GradientsParams,
+) -> std::result::Result<f32, burn::tensor::ExecutionError> {
+    struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
+    impl ModuleVisitor for Squares<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(grad) = self.0.get::<D>(param.id) {
+                self.1.push(grad.square().sum());
+            }
+        }
+    }
+    let mut squares = Squares(grads, Vec::new());
+    module.visit(&mut squares);
+    if squares.1.is_empty() { Ok(0.0) } else { scalar(Tensor::cat(squares.1, 0).sum().sqrt()) }
+}

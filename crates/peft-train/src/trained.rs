@@ -1,0 +1,68 @@
+//! What a run trains, and thus what its checkpoints hold: an adapter, or a whole model.
+
+use std::path::Path;
+
+use peft_core::files::TENSOR_FILE;
+use peft_core::{AdapterFile, Method, Strictness};
+use peft_models::CausalLm;
+use peft_models::checkpoint::Checkpoint;
+use peft_models::export::save_model;
+use peft_models::load::load_weights;
+use peft_models::tokenizer::Tokenizer;
+use serde_json::Value;
+
+use crate::Result;
+
+/// The trained part of a model, to and from a folder.
+pub trait Trained {
+    /// Writes the trained part into `dir`, atomically.
+    ///
+    /// # Errors
+    /// When the device or the file system refuses.
+    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()>;
+
+    /// Puts what `dir` holds into `model`, which carries an adapter already if the trained part is one.
+    ///
+    /// # Errors
+    /// When the folder does not hold the trained part of this model.
+    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm>;
+}
+
+/// An adapter in Hugging Face PEFT's layout.
+#[derive(Clone, Debug)]
+pub struct AdapterOf<M> {
+    /// The method.
+    pub method: M,
+    /// `base_model_name_or_path`.
+    pub base_model: String,
+}
+
+impl<M: Method> Trained for AdapterOf<M> {
+    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()> {
+        Ok(peft_core::save_adapter(model, &self.method, Some(&self.base_model), dir)?)
+    }
+
+    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
+        let file = AdapterFile::<M>::read(dir)?;
+        Ok(file.fill(model, &dir.join(TENSOR_FILE), Strictness::default())?)
+    }
+}
+
+/// A whole model as a Hugging Face directory in f32.
+#[derive(Clone, Debug)]
+pub struct WholeModel {
+    /// `config.json`.
+    pub config: Value,
+    /// Saved along.
+    pub tokenizer: Tokenizer,
+}
+
+impl Trained for WholeModel {
+    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()> {
+        Ok(save_model(model, &self.config, Some(&self.tokenizer), safetensors::Dtype::F32, dir)?)
+    }
+
+    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
+        Ok(load_weights(model, &Checkpoint::open(dir)?, |_| false)?)
+    }
+}

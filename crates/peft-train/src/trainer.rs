@@ -1,0 +1,327 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::module::Module;
+use burn::tensor::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+use peft_core::files::write_atomically;
+use peft_models::CausalLm;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, State};
+use crate::data::{Batch, Batches};
+use crate::loss::{scalar, score};
+use crate::metrics::{EvalRecord, Metrics, Record, StepRecord};
+use crate::optimizer::{Optimization, Rates, global_norm};
+use crate::{Error, Evaluation, Result, Schedule, Trained, evaluate, loss_curve};
+
+/// Settings of a run. The defaults suit a small adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Optimizer steps; 0 for as many as `epochs` need.
+    pub steps: usize,
+    /// Passes over the data, when `steps` is 0.
+    pub epochs: f64,
+    /// Batches whose gradients make one step; the mean is over all their tokens.
+    pub accumulate: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Fraction of the steps during which the rate rises.
+    pub warmup: f64,
+    /// What follows.
+    pub schedule: Schedule,
+    /// Decoupled weight decay on everything trained.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this norm, all together; 0 for no bound.
+    pub max_grad_norm: f64,
+    /// LoRA+: factor on the learning rate of the second low-rank factor.
+    pub lora_plus: f64,
+    /// Steps between evaluations on the held-out data; 0 for only the first and the last.
+    pub eval_every: usize,
+    /// Steps between checkpoints; 0 for only the last.
+    pub save_every: usize,
+    /// Checkpoints to keep.
+    pub keep: usize,
+    /// Stop after this many evaluations without a better one; 0 for never.
+    pub patience: usize,
+    /// Of dropout.
+    pub seed: u64,
+    /// Draw a progress bar on standard error.
+    pub progress: bool,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 0,
+            epochs: 3.0,
+            accumulate: 1,
+            learning_rate: 2e-4,
+            warmup: 0.03,
+            schedule: Schedule::Linear,
+            weight_decay: 0.01,
+            max_grad_norm: 1.0,
+            lora_plus: 1.0,
+            eval_every: 0,
+            save_every: 0,
+            keep: 2,
+            patience: 0,
+            seed: 0,
+            progress: false,
+        }
+    }
+}
+
+impl TrainConfig {
+    fn check(&self) -> Result<()> {
+        let positive = |name, value: f64| {
+            let good = value.is_finite() && value > 0.0;
+            if good { Ok(()) } else { Err(Error::setting(name, format!("is {value}; expected a positive number"))) }
+        };
+        positive("learning_rate", self.learning_rate)?;
+        positive("lora_plus", self.lora_plus)?;
+        if self.steps == 0 {
+            positive("epochs", self.epochs)?;
+        }
+        for (name, value) in [("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(Error::setting(name, format!("is {value}; expected 0 or a positive number")));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.warmup) {
+            return Err(Error::setting("warmup", format!("is {}; expected a fraction in 0..=1", self.warmup)));
+        }
+        if self.accumulate == 0 {
+            return Err(Error::setting("accumulate", "is 0; expected at least 1"));
+        }
+        Ok(())
+    }
+
+    fn total_steps(&self, batches: &Batches) -> usize {
+        let per_epoch = batches.per_epoch() as f64 / self.accumulate as f64;
+        if self.steps > 0 { self.steps } else { (self.epochs * per_epoch).ceil().max(1.0) as usize }
+    }
+}
+
+/// Set from another thread, for instance on Ctrl-C: the run saves a checkpoint and ends after the current step.
+pub type Stop = AtomicBool;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// All steps were taken.
+    Finished,
+    /// The held-out loss stopped falling.
+    Stopped,
+    /// Somebody asked it to stop; it can be resumed.
+    Interrupted,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Optimizer steps done, earlier runs included.
+    pub steps: usize,
+    /// Held-out evaluation before the first step of this run.
+    pub before: Option<Evaluation>,
+    /// Held-out evaluation of the model that was kept.
+    pub after: Option<Evaluation>,
+    /// The step whose model was kept: the best on the held-out data, or the last.
+    pub kept_step: usize,
+    /// Wall time of this run's steps, in seconds.
+    pub seconds: f64,
+}
+
+/// Trains `model`, which carries what `trained` names, and writes into `dir`: checkpoints, `metrics.jsonl`, `loss.svg`, and at the end the
+/// trained part itself, the best on `held_out` if that is given.
+///
+/// With `resume`, continues from the newest checkpoint in `dir`; on a CPU device the result is bit for bit that of a run without a break.
+///
+/// # Errors
+/// When a setting makes no sense, the loss is not finite ([`Error::Diverged`]), the device fails or a file cannot be written; what was saved
+/// before stays whole.
+#[allow(clippy::too_many_arguments, reason = "each is one independent thing, and a struct of them would be built once and taken apart once")]
+pub fn train(
+    model: CausalLm,
+    trained: &dyn Trained,
+    batches: Batches,
+    held_out: Option<&Batches>,
+    config: &TrainConfig,
+    dir: &Path,
+    resume: bool,
+    device: &Device,
+    stop: &Stop,
+) -> Result<(CausalLm, Summary)> {
+    config.check()?;
+    let mut optimization = Optimization::new(config.weight_decay);
+    let (mut model, mut state, mut batches) = (model, State::default(), batches);
+    if resume && let Some(path) = checkpoint::newest(dir)? {
+        (model, state) = checkpoint::restore(&path, model, trained, &mut optimization, device)?;
+        batches.seek(state.position)?;
+    }
+    let metrics = Metrics::open(dir, state.step)?;
+    let steps = config.total_steps(&batches);
+    let bar = progress_bar(config.progress, state.step, steps);
+    let run = Run { config, trained, held_out, dir, device, steps, optimization, state, metrics, bar };
+    run.go(model, batches, stop)
+}
+
+struct Run<'a> {
+    config: &'a TrainConfig,
+    trained: &'a dyn Trained,
+    held_out: Option<&'a Batches>,
+    dir: &'a Path,
+    device: &'a Device,
+    steps: usize,
+    optimization: Optimization,
+    state: State,
+    metrics: Metrics,
+    bar: ProgressBar,
+}
+
+const BEST: &str = "best";
+
+impl Run<'_> {
+    fn go(mut self, mut model: CausalLm, mut batches: Batches, stop: &Stop) -> Result<(CausalLm, Summary)> {
+        let started = Instant::now();
+        let before = if self.state.step == 0 { self.evaluate(&model)? } else { None };
+        let mut outcome = Outcome::Finished;
+        while self.state.step < self.steps {
+            model = self.step(model, &mut batches)?;
+            let step = self.state.step;
+            let last = step == self.steps;
+            let due = |every: usize| every > 0 && step.is_multiple_of(every);
+            if last || due(self.config.eval_every) {
+                self.evaluate(&model)?;
+            }
+            let exhausted = self.config.patience > 0 && self.state.evaluations_since_best >= self.config.patience;
+            let interrupted = stop.load(Ordering::Relaxed);
+            if last || exhausted || interrupted || due(self.config.save_every) {
+                checkpoint::save(self.dir, &self.state, &model, self.trained, &self.optimization, self.config.keep)?;
+            }
+            if !last && (exhausted || interrupted) {
+                outcome = if exhausted { Outcome::Stopped } else { Outcome::Interrupted };
+                break;
+            }
+        }
+        self.bar.finish_and_clear();
+        self.finish(model, before, outcome, started.elapsed())
+    }
+
+    /// One optimizer step.
+    fn step(&mut self, model: CausalLm, batches: &mut Batches) -> Result<CausalLm> {
+        let started = Instant::now();
+        let step = self.state.step + 1;
+        // Dropout is a function of the seed and the step, so a resumed run draws what an unbroken one would.
+        self.device.seed(self.config.seed.wrapping_add(step as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let group: Vec<Batch> = (0..self.config.accumulate).map(|_| batches.next_batch()).collect();
+        let tokens: usize = group.iter().map(Batch::trained).sum();
+        let failed = |e| Error::Device { step, message: format!("{e:?}") };
+        let mut accumulator = GradientsAccumulator::new();
+        let mut sum = 0.0;
+        for batch in &group {
+            let loss = score(&model, batch, self.device).sum / tokens as f64;
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            accumulator.accumulate(&model, grads);
+            sum += scalar(loss.inner()).map_err(failed)?;
+        }
+        let warmup = (self.config.warmup * self.steps as f64).ceil() as usize;
+        let learning_rate = self.config.learning_rate * self.config.schedule.factor(step - 1, self.steps, warmup);
+        let grads = accumulator.grads();
+        let norm = global_norm(&model, &grads).map_err(failed)?;
+        if !(sum.is_finite() && norm.is_finite()) {
+            let loss = if sum.is_finite() { norm } else { sum };
+            return Err(Error::Diverged { step, loss, learning_rate });
+        }
+        let bound = self.config.max_grad_norm;
+        let factor = if bound > 0.0 { (bound / (f64::from(norm) + 1e-6)).min(1.0) } else { 1.0 };
+        let rates = Rates { base: learning_rate, plus: self.config.lora_plus };
+        let model = self.optimization.step(model, grads, rates, factor);
+        self.state.step = step;
+        self.state.position = batches.position();
+        let position = batches.position();
+        let record = StepRecord {
+            step,
+            epoch: position.epoch as f64 + position.batch as f64 / batches.per_epoch() as f64,
+            loss: f64::from(sum),
+            learning_rate,
+            grad_norm: f64::from(norm),
+            tokens,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.metrics.push(Record::Step(record))?;
+        self.bar.set_message(format!("loss {sum:.4}"));
+        self.bar.inc(1);
+        Ok(model)
+    }
+
+    /// Evaluates, notes it, and keeps the model if it is the best so far.
+    fn evaluate(&mut self, model: &CausalLm) -> Result<Option<Evaluation>> {
+        let Some(held_out) = self.held_out else { return Ok(None) };
+        let model = model.valid();
+        let evaluation = evaluate(&model, held_out, self.device)?;
+        self.metrics.push(Record::Eval(EvalRecord { step: self.state.step, evaluation }))?;
+        if self.state.best.is_none_or(|(loss, _)| evaluation.loss < loss) {
+            self.state.best = Some((evaluation.loss, self.state.step));
+            self.state.evaluations_since_best = 0;
+            self.trained.save(&model, &self.best_dir())?;
+        } else {
+            self.state.evaluations_since_best += 1;
+        }
+        self.bar.println(format!(
+            "step {:>5}  held-out loss {:.4}  perplexity {:.2}  token accuracy {:.1} %",
+            self.state.step,
+            evaluation.loss,
+            evaluation.perplexity,
+            100.0 * evaluation.token_accuracy
+        ));
+        Ok(Some(evaluation))
+    }
+
+    fn finish(
+        self,
+        model: CausalLm,
+        before: Option<Evaluation>,
+        outcome: Outcome,
+        elapsed: Duration,
+    ) -> Result<(CausalLm, Summary)> {
+        let best = self.state.best.filter(|(_, step)| *step != self.state.step && self.best_dir().exists());
+        let (model, kept_step) = match best {
+            Some((_, step)) => (self.trained.restore(model, &self.best_dir())?, step),
+            None => (model, self.state.step),
+        };
+        self.trained.save(&model, self.dir)?;
+        let svg = loss_curve(&self.metrics.records)?;
+        write_atomically(self.dir, &[("loss.svg", svg.as_bytes())])?;
+        let after = self.metrics.records.iter().rev().find_map(|record| match record {
+            Record::Eval(e) if e.step == kept_step => Some(e.evaluation),
+            _ => None,
+        });
+        let summary =
+            Summary { outcome, steps: self.state.step, before, after, kept_step, seconds: elapsed.as_secs_f64() };
+        Ok((model, summary))
+    }
+
+    fn best_dir(&self) -> PathBuf {
+        self.dir.join(BEST)
+    }
+}
+
+fn progress_bar(shown: bool, done: usize, steps: usize) -> ProgressBar {
+    if !shown {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps  {msg}  {elapsed} elapsed, {eta} left");
+    let bar = ProgressBar::new(steps as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_position(done as u64);
+    bar.reset_eta();
+    bar
+}

@@ -1,0 +1,76 @@
+"""Time and memory of one LoRA training step in PyTorch + PEFT on the CPU: the other side of the Rust benchmark.
+
+Llama with hidden 576, 6 layers, 9 query and 3 key/value heads, MLP 1536, vocabulary 8192, tied embeddings; LoRA of
+rank 8 on all seven projections; batch 4 x 128, f32, AdamW. Prints one line of JSON; `rss_growth_mb` is the peak
+resident memory above what the process held after importing its libraries (so it holds weights and optimizer too).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+BATCH, LENGTH, VOCAB = 4, 128, 8192
+
+
+def resident_mb(field):
+    """VmRSS (now) or VmHWM (peak) of this process, from /proc."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+
+
+def build():
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=projections)
+    return get_peft_model(LlamaForCausalLM(config), lora).train()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    before = resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
+    model = build()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    tokens = torch.randint(VOCAB, (BATCH, LENGTH))
+
+    seconds = []
+    for _ in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+
+    result = {
+        "median_s": round(statistics.median(seconds[args.warmup :]), 4),
+        "rss_growth_mb": round(resident_mb("VmHWM") - before, 1),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+//! `cargo xtask ci`: the test command. Every step is cheaper than the one after it, and the first failure ends the run.
+
+use crate::error::{Error, Result};
+use crate::test_backends::{self, Backend};
+use crate::workspace::{FEATURES, Metadata};
+use crate::{lines, process, setup};
+use clap::Args;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The arguments of `ci`.
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Run only these steps, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Leave these steps out, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    skip: Vec<String>,
+}
+
+/// One step of the test command.
+struct Step {
+    name: &'static str,
+    about: &'static str,
+    run: fn() -> Result<Outcome>,
+}
+
+/// What a step that did not fail came to.
+enum Outcome {
+    Passed,
+    Skipped(String),
+}
+
+/// The steps, cheapest first.
+const STEPS: &[Step] = &[
+    Step { name: "fmt", about: "the format of every file", run: fmt },
+    Step { name: "lines", about: "the budgets of files, methods and functions", run: sizes },
+    Step { name: "clippy", about: "lints, warnings denied", run: clippy },
+    Step { name: "doc", about: "documentation, warnings denied", run: doc },
+    Step { name: "test", about: "unit and integration tests", run: test },
+    Step { name: "doctest", about: "the examples in the documentation", run: doctest },
+    Step { name: "backends", about: "conformance on every backend that this machine can run", run: backends },
+    Step { name: "examples", about: "the example programs, run", run: examples },
+    Step { name: "cuda", about: "the CUDA build, compiled only", run: cuda },
+];
+
+/// Every build of the test command: the incremental cache only costs time and space where nothing is built a second time.
+const BUILD: [(&str, &str); 1] = [("CARGO_INCREMENTAL", "0")];
+
+/// How long conformance may take on one backend.
+const BACKEND_LIMIT: Duration = Duration::from_mins(15);
+
+/// How long one example may take.
+const EXAMPLE_LIMIT: Duration = Duration::from_mins(10);
+
+/// Runs `ci`.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let steps = chosen(arguments)?;
+    let begun = Instant::now();
+    let mut summary = Vec::new();
+    for (number, step) in steps.iter().enumerate() {
+        let elapsed = clock(begun.elapsed());
+        println!("\n=== [{}/{}] {}: {} (at {elapsed})", number + 1, steps.len(), step.name, step.about);
+        let step_begun = Instant::now();
+        let result = (step.run)();
+        let word = match &result {
+            Ok(Outcome::Passed) => "passed".to_owned(),
+            Ok(Outcome::Skipped(reason)) => format!("SKIPPED: {reason}"),
+            Err(_) => "FAILED".to_owned(),
+        };
+        summary.push(format!("{:10} {:>8}  {word}", step.name, clock(step_begun.elapsed())));
+        if let Err(error) = result {
+            print_summary(&summary, begun);
+            let again = format!("rerun this step alone with `cargo xtask ci --only {}`", step.name);
+            return Err(Error::Failed(format!("step {} failed: {error}\n{again}", step.name)));
+        }
+    }
+    print_summary(&summary, begun);
+    Ok(())
+}
+
+/// The steps that the arguments leave, in their order.
+fn chosen(arguments: &Arguments) -> Result<Vec<&'static Step>> {
+    for name in arguments.only.iter().chain(&arguments.skip) {
+        if !STEPS.iter().any(|step| step.name == name) {
+            let known = STEPS.iter().map(|step| step.name).collect::<Vec<_>>().join(", ");
+            return Err(Error::Unknown { kind: "step", name: name.clone(), known });
+        }
+    }
+    let named = |names: &[String], step: &Step| names.iter().any(|name| name == step.name);
+    let wanted =
+        |step: &&Step| (arguments.only.is_empty() || named(&arguments.only, step)) && !named(&arguments.skip, step);
+    Ok(STEPS.iter().filter(wanted).collect())
+}
+
+fn print_summary(summary: &[String], begun: Instant) {
+    println!("\n=== summary");
+    for line in summary {
+        println!("{line}");
+    }
+    println!("{:10} {:>8}", "total", clock(begun.elapsed()));
+}
+
+/// Minutes and seconds.
+fn clock(time: Duration) -> String {
+    format!("{}:{:04.1}", time.as_secs() / 60, time.as_secs_f64() % 60.0)
+}
+
+/// A Cargo command, shown before it runs.
+fn cargo(words: &[&str], environment: &[(&'static str, String)]) -> Result<Outcome> {
+    let mut command = Command::new("cargo");
+    command.args(words).envs(BUILD).envs(environment.iter().map(|(name, value)| (name, value)));
+    println!("$ {}", process::spelled(&command));
+    process::run(&mut command).map(|()| Outcome::Passed)
+}
+
+/// Installs a component of the Rust toolchain that a minimal installation lacks.
+fn need_component(subcommand: &str, component: &str) -> Result<()> {
+    if process::succeeds(Command::new("cargo").args([subcommand, "--version"])) {
+        return Ok(());
+    }
+    process::run(Command::new("rustup").args(["component", "add", component]))
+}
+
+fn fmt() -> Result<Outcome> {
+    need_component("fmt", "rustfmt")?;
+    cargo(&["fmt", "--all", "--check"], &[])
+}
+
+fn sizes() -> Result<Outcome> {
+    lines::run(&lines::Arguments { check: true }).map(|()| Outcome::Passed)
+}
+
+fn clippy() -> Result<Outcome> {
+    need_component("clippy", "clippy")?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--features", FEATURES, "--", "-D", "warnings"], &[])
+}
+
+fn doc() -> Result<Outcome> {
+    // Libraries only: the binary `peft` and the library `peft` would write the same files.
+    let words = ["doc", "--workspace", "--lib", "--no-deps", "--features", FEATURES];
+    cargo(&words, &[("RUSTDOCFLAGS", "-D warnings".to_owned())])
+}
+
+fn test() -> Result<Outcome> {
+    let environment = device();
+    if process::succeeds(Command::new("cargo").args(["nextest", "--version"])) {
+        return cargo(&["nextest", "run", "--workspace", "--features", FEATURES], &environment);
+    }
+    cargo(&["test", "--workspace", "--lib", "--bins", "--tests", "--features", FEATURES], &environment)
+}
+
+fn doctest() -> Result<Outcome> {
+    cargo(&["test", "--workspace", "--doc", "--features", FEATURES], &device())
+}
+
+/// The environment with a Vulkan device; a machine that cannot have one still runs what needs none, and `backends` reports it.
+fn device() -> setup::Environment {
+    setup::vulkan_environment().unwrap_or_else(|error| {
+        println!("no Vulkan device: {error}");
+        Vec::new()
+    })
+}
+
+fn backends() -> Result<Outcome> {
+    let required = [Backend::Flex, Backend::Ndarray, Backend::Vulkan];
+    let all = [Backend::Flex, Backend::Ndarray, Backend::Vulkan, Backend::Wgpu];
+    test_backends::test(&all, &required, false, BACKEND_LIMIT, &BUILD).map(|()| Outcome::Passed)
+}
+
+fn examples() -> Result<Outcome> {
+    cargo(&["build", "--workspace", "--examples", "--features", FEATURES], &[])?;
+    let metadata = Metadata::read()?;
+    let environment = device();
+    for example in metadata.examples() {
+        if let Some(reason) = example.not_run {
+            println!("--- {} is compiled only: {reason}", example.name);
+            continue;
+        }
+        println!("--- {}", example.name);
+        let mut command = Command::new(metadata.target_directory.join("debug/examples").join(&example.name));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
+        let watched = process::watch(&mut command, EXAMPLE_LIMIT, |line| println!("{line}"))?;
+        if !watched.status.is_some_and(|status| status.success()) {
+            let end = watched
+                .status
+                .map_or_else(|| format!("ran over {} s", EXAMPLE_LIMIT.as_secs()), |status| status.to_string());
+            return Err(Error::Failed(format!("example {} failed ({end}):\n{}", example.name, watched.stderr)));
+        }
+    }
+    Ok(Outcome::Passed)
+}
+
+/// No GPU is needed to compile for CUDA, but Burn's build links the LLVM SDK.
+fn cuda() -> Result<Outcome> {
+    match setup::llvm() {
+        Ok(_) => cargo(&["check", "--workspace", "--features", &format!("{FEATURES},peft-cli/cuda")], &[]),
+        Err(error) => Ok(Outcome::Skipped(format!("no LLVM SDK: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(only: &[&str], skip: &[&str]) -> Result<Vec<&'static str>> {
+        let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let steps = chosen(&Arguments { only: owned(only), skip: owned(skip) })?;
+        Ok(steps.into_iter().map(|step| step.name).collect())
+    }
+
+    #[test]
+    fn steps_are_chosen_in_their_order() {
+        assert_eq!(names(&[], &[]).unwrap().len(), STEPS.len());
+        assert_eq!(names(&["clippy", "fmt"], &[]).unwrap(), ["fmt", "clippy"]);
+        assert!(!names(&[], &["cuda"]).unwrap().contains(&"cuda"));
+    }
+
+    #[test]
+    fn an_unknown_step_is_an_error() {
+        let message = names(&["clipy"], &[]).unwrap_err().to_string();
+        assert!(message.contains("`clipy`") && message.contains("fmt, lines, clippy"), "{message}");
+    }
+
+    #[test]
+    fn a_time_is_minutes_and_seconds() {
+        assert_eq!(clock(Duration::from_millis(75_250)), "1:15.2");
+        assert_eq!(clock(Duration::from_millis(5_000)), "0:05.0");
+    }
+}
