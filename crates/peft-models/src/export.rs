@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use peft_core::files::{encode, write_atomically};
-use safetensors::Dtype;
+pub use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
