@@ -1,0 +1,10 @@
+//! The commands, one file each.
+
+pub mod eval;
+pub mod generate;
+pub mod inspect;
+pub mod logits;
+pub mod merge;
+pub mod methods;
+pub mod quickstart;
+pub mod train;

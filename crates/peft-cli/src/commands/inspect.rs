@@ -1,0 +1,212 @@
+//! `peft inspect`: what a model or an adapter is made of, read from headers, without loading the weights.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use peft_core::files::{CONFIG_FILE, TENSOR_FILE, peft_type, read_values};
+use peft_core::scan;
+use peft_models::checkpoint::Checkpoint;
+use peft_models::config::ModelConfig;
+use peft_models::gguf::Gguf;
+use peft_models::tokenizer::Tokenizer;
+use peft_models::weights::Weights;
+use peft_models::{CausalLm, ModelSource, Origin, Pretrained};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::model::{architecture, is_tied};
+use crate::output::{bytes, table, thousands};
+use crate::{Context, Error, Result, device, methods};
+
+/// Arguments of `peft inspect`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  peft inspect tiny\n  peft inspect models/SmolLM2-135M.gguf\n  peft inspect my-adapter")]
+pub struct Args {
+    /// A model (Hugging Face directory, .gguf file, hub id, `tiny`) or an adapter's folder
+    #[arg(value_name = "PATH")]
+    what: String,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn run(args: &Args, context: &Context) -> Result<()> {
+    let path = Path::new(&args.what);
+    if path.join(CONFIG_FILE).is_file() { adapter(path, context) } else { model(&args.what, context) }
+}
+
+fn adapter(dir: &Path, context: &Context) -> Result<()> {
+    let path = dir.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let config: Value = serde_json::from_str(&text).map_err(|e| peft_core::Error::format(&path, format!("not JSON: {e}")))?;
+    let method = peft_type(dir)?;
+    let known = methods::of_adapter(dir).is_ok();
+    let tensors = read_values(&dir.join(TENSOR_FILE))?;
+    let parameters: usize = tensors.values().map(|tensor| tensor.values.len()).sum();
+    let size = std::fs::metadata(dir.join(TENSOR_FILE)).map_err(Error::io(dir))?.len();
+    let given = |key: &str| config.get(key).filter(|v| !v.is_null()).map_or_else(|| "not given".to_owned(), plain);
+    let out = context.output;
+    out.field("method", if known { method.clone() } else { format!("{method}, which this program does not know") })?;
+    out.field("base", given("base_model_name_or_path"))?;
+    out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
+    out.field("targets", given("target_modules"))?;
+    out.field("tensors", format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size)))?;
+    let mut kinds: BTreeMap<(String, &[usize]), usize> = BTreeMap::new();
+    for (key, tensor) in &tensors {
+        *kinds.entry((short(key), &tensor.shape)).or_default() += 1;
+    }
+    let rows = kinds.iter().map(|((name, shape), count)| vec![format!("  {name}"), format!("x {count}"), format!("{shape:?}")]);
+    out.line(table(&rows.collect::<Vec<_>>()))?;
+    out.json(&json!({
+        "kind": "adapter",
+        "method": method,
+        "known": known,
+        "base_model": config.get("base_model_name_or_path"),
+        "tensors": tensors.len(),
+        "parameters": parameters,
+        "bytes": size,
+        "config": config,
+    }))
+}
+
+/// A JSON value as a person writes it.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
+        other => other.to_string(),
+    }
+}
+
+/// What a key says apart from the layer's number: `q_proj.lora_A.weight`.
+fn short(key: &str) -> String {
+    let words: Vec<&str> = key.split('.').collect();
+    let after_number = words.iter().rposition(|word| word.parse::<usize>().is_ok()).map_or(0, |at| at + 1);
+    let rest = &words[after_number..];
+    rest[rest.len().saturating_sub(3)..].join(".")
+}
+
+/// Everything but the values of the weights.
+struct Parts {
+    config: Value,
+    origin: Origin,
+    tokenizer: bool,
+    chat_template: bool,
+}
+
+impl Parts {
+    fn open(name: &str, context: &Context) -> Result<Self> {
+        let source: ModelSource = name.parse()?;
+        Ok(match source {
+            ModelSource::Dir(dir) => {
+                let path = dir.join("config.json");
+                let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+                let config = serde_json::from_str(&text);
+                let config = config.map_err(|e| peft_models::Error::format(&path, format!("not JSON: {e}")))?;
+                let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(&dir)).transpose()?;
+                let chat_template = tokenizer.as_ref().is_some_and(|t| t.chat_template().is_some());
+                Self { config, origin: Origin::Checkpoint(Checkpoint::open(&dir)?), tokenizer: tokenizer.is_some(), chat_template }
+            }
+            ModelSource::Gguf(path) => {
+                let gguf = Gguf::open(path)?;
+                let (config, chat_template) = (gguf.config()?, gguf.chat_template().is_some());
+                Self { config, origin: Origin::Gguf(Box::new(gguf)), tokenizer: true, chat_template }
+            }
+            // One is small, the other has to be downloaded anyway.
+            source @ (ModelSource::Tiny | ModelSource::Hub(_)) => {
+                let pretrained = Pretrained::load(&source, &device::open(&context.device)?)?;
+                let chat_template = pretrained.tokenizer().ok().map(|t| t.chat_template().is_some());
+                let Pretrained { config, origin, .. } = pretrained;
+                Self { config, origin, tokenizer: chat_template.is_some(), chat_template: chat_template.unwrap_or(false) }
+            }
+        })
+    }
+}
+
+/// Layers of one name.
+#[derive(Serialize)]
+struct Adaptable {
+    name: String,
+    kind: String,
+    count: usize,
+    d_in: usize,
+    d_out: usize,
+}
+
+#[derive(Default, Serialize)]
+struct Stored {
+    tensors: usize,
+    parameters: usize,
+    bytes: u64,
+}
+
+fn model(name: &str, context: &Context) -> Result<()> {
+    let Parts { config: json, origin, tokenizer, chat_template } = Parts::open(name, context)?;
+    let weights = origin.weights();
+    let config = ModelConfig::from_json(&json, weights.path())?;
+    let mut dtypes: BTreeMap<&str, Stored> = BTreeMap::new();
+    for info in weights.tensors() {
+        let stored = dtypes.entry(&info.dtype).or_default();
+        stored.tensors += 1;
+        stored.parameters += info.shape.iter().product::<usize>();
+        stored.bytes += info.bytes;
+    }
+    let total = |of: fn(&Stored) -> u64| dtypes.values().map(of).sum::<u64>();
+    let (parameters, size) = (total(|s| s.parameters as u64) as usize, total(|s| s.bytes));
+    let (family, layers) = (architecture(&json), layers(&config));
+    let modules = adaptable(&config, context)?;
+
+    let out = context.output;
+    out.field("model", format_args!("{family}, {} parameters, {}", thousands(parameters), bytes(size)))?;
+    out.field("shape", format_args!(
+        "{layers} layers, {} tokens, {} positions, {}",
+        thousands(config.vocab_size()),
+        thousands(config.max_positions()),
+        if is_tied(&config) { "output head tied to the embedding" } else { "output head of its own" }
+    ))?;
+    for (dtype, stored) in &dtypes {
+        out.field("stored", format_args!("{dtype}: {} tensors, {}", stored.tensors, bytes(stored.bytes)))?;
+    }
+    let yes = |is: bool| if is { "yes" } else { "no" };
+    out.field("texts", format_args!("tokenizer: {}, chat template: {}", yes(tokenizer), yes(chat_template)))?;
+    out.line("adaptable modules (for --targets):")?;
+    let row = |m: &Adaptable| vec![format!("  {}", m.name), format!("x {}", m.count), m.kind.clone(), format!("{} -> {}", m.d_in, m.d_out)];
+    out.line(table(&modules.iter().map(row).collect::<Vec<_>>()))?;
+    out.json(&json!({
+        "kind": "model",
+        "architecture": family,
+        "parameters": parameters,
+        "bytes": size,
+        "dtypes": dtypes,
+        "layers": layers,
+        "vocab_size": config.vocab_size(),
+        "max_positions": config.max_positions(),
+        "tied": is_tied(&config),
+        "tokenizer": tokenizer,
+        "chat_template": chat_template,
+        "modules": modules,
+    }))
+}
+
+fn layers(config: &ModelConfig) -> usize {
+    match config {
+        ModelConfig::Llama(llama) => llama.num_hidden_layers,
+        ModelConfig::Gpt2(gpt2) => gpt2.n_layer,
+    }
+}
+
+/// The layers that adapters know, by the last part of their names, in the model's order. Random weights are never made for it.
+fn adaptable(config: &ModelConfig, context: &Context) -> Result<Vec<Adaptable>> {
+    let mut found: Vec<Adaptable> = Vec::new();
+    for site in scan(&CausalLm::new(config, &device::open(&context.device)?)).sites {
+        let name = site.path.rsplit('.').next().unwrap_or_default();
+        let (kind, d_in, d_out) = (format!("{:?}", site.kind), site.d_in, site.d_out);
+        let same = |m: &&mut Adaptable| (m.name.as_str(), &m.kind, m.d_in, m.d_out) == (name, &kind, d_in, d_out);
+        match found.iter_mut().find(same) {
+            Some(module) => module.count += 1,
+            None => found.push(Adaptable { name: name.to_owned(), kind, count: 1, d_in, d_out }),
+        }
+    }
+    Ok(found)
+}

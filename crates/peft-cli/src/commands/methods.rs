@@ -1,0 +1,30 @@
+//! `peft methods`: the table of methods.
+
+use serde_json::json;
+
+use crate::methods::METHODS;
+use crate::output::table;
+use crate::{Context, Result};
+
+/// Runs the command.
+///
+/// # Errors
+/// When standard output is closed.
+pub fn run(context: &Context) -> Result<()> {
+    let header = ["method", "peft_type", "adapted layer", "parameters a layer", ""].map(str::to_owned).to_vec();
+    let row = |entry: &crate::methods::Entry| {
+        [entry.name, entry.peft_type, entry.formula, entry.parameters, entry.about].map(str::to_owned).to_vec()
+    };
+    let rows: Vec<Vec<String>> = std::iter::once(header).chain(METHODS.iter().map(row)).collect();
+    context.output.line(table(&rows))?;
+    let list = METHODS.iter().map(|entry| {
+        json!({
+            "name": entry.name,
+            "peft_type": entry.peft_type,
+            "formula": entry.formula,
+            "parameters": entry.parameters,
+            "about": entry.about,
+        })
+    });
+    context.output.json(&json!({ "methods": list.collect::<Vec<_>>() }))
+}

@@ -1,0 +1,96 @@
+//! Models and adapters as the command line names them.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use peft_core::files::{TENSOR_FILE, read_values};
+use peft_core::{LayerKind, Targets};
+use peft_models::config::ModelConfig;
+use peft_models::{CausalLm, ModelSource, Pretrained};
+
+use crate::{Result, methods};
+
+/// The model of a command that only reads.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Hugging Face directory, .gguf file, hub id (owner/name), or `tiny`, the model inside this program
+    #[arg(long)]
+    pub model: String,
+    /// Folder with adapter_config.json and adapter_model.safetensors, as `peft train` or Hugging Face PEFT writes it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Loads the model, with the adapter attached if there is one.
+    ///
+    /// # Errors
+    /// When either cannot be read, or they do not fit each other.
+    pub fn load(&self, device: &Device) -> Result<Pretrained> {
+        let mut pretrained = load(&self.model, device)?;
+        if let Some(adapter) = &self.adapter {
+            pretrained.model = methods::of_adapter(adapter)?.load(for_adapter(pretrained.model, adapter)?, adapter)?;
+        }
+        Ok(pretrained)
+    }
+}
+
+/// Loads a model by the name that the user gave.
+///
+/// # Errors
+/// When there is no such model or it cannot be read.
+pub fn load(name: &str, device: &Device) -> Result<Pretrained> {
+    let source: ModelSource = name.parse()?;
+    Ok(Pretrained::load(&source, device)?)
+}
+
+/// Where the families keep what a tied model shares: the output head and the embedding table.
+const HEAD: &str = "lm_head";
+const EMBEDDING: &str = "model.embed_tokens";
+
+/// `model` as the adapter in `dir` needs it: with a head of its own where the adapter tells head and embedding apart.
+///
+/// # Errors
+/// When the adapter cannot be read.
+pub fn for_adapter(model: CausalLm, dir: &Path) -> Result<CausalLm> {
+    let parted = adapted_keys(dir)?.iter().any(|key| [HEAD, EMBEDDING].iter().any(|module| is_inside(key, module)));
+    Ok(if parted { model.untied() } else { model })
+}
+
+/// `model` as an adapter on `targets` needs it, by the same rule.
+///
+/// # Errors
+/// When the targets make no sense.
+pub fn for_targets(model: CausalLm, targets: &Targets) -> Result<CausalLm> {
+    let matcher = targets.matcher()?;
+    let named = |path, kind| matcher.matches(path, Some(kind)) || matcher.saves_module(path);
+    let parted = named(HEAD, LayerKind::Linear) || named(EMBEDDING, LayerKind::Embedding);
+    Ok(if parted { model.untied() } else { model })
+}
+
+/// The keys of an adapter's tensors as paths in the model, for instance `lm_head.lora_A.weight`.
+///
+/// # Errors
+/// When the adapter cannot be read.
+pub fn adapted_keys(dir: &Path) -> Result<Vec<String>> {
+    let strip = |key: String| key.strip_prefix("base_model.model.").map_or(key.clone(), str::to_owned);
+    Ok(read_values(&dir.join(TENSOR_FILE))?.into_keys().map(strip).collect())
+}
+
+/// Whether `path` is that of something below `module`.
+pub fn is_inside(path: &str, module: &str) -> bool {
+    path.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'))
+}
+
+/// Whether the output head is the embedding table.
+pub fn is_tied(config: &ModelConfig) -> bool {
+    match config {
+        ModelConfig::Llama(llama) => llama.tie_word_embeddings,
+        ModelConfig::Gpt2(_) => true,
+    }
+}
+
+/// The family's name in `config.json`.
+pub fn architecture(pretrained_config: &serde_json::Value) -> &str {
+    pretrained_config.get("model_type").and_then(serde_json::Value::as_str).unwrap_or("unknown")
+}

@@ -1,0 +1,201 @@
+//! The laws, and the runner that looks at each.
+
+mod files;
+mod forward;
+mod setup;
+mod training;
+
+use std::collections::BTreeMap;
+
+use burn::nn::Initializer;
+use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig};
+use burn::tensor::{DType, Device};
+use peft_core::{Method, Scan, Site, attach, scan};
+use serde_json::Value;
+
+use crate::stack::WIDTH;
+use crate::state::{Part, fill};
+use crate::{Check, Failure, Finding, Matrix, Outcome, Seam, Stack, fill_adapter};
+
+/// One adapted layer in double precision, for a reference formula.
+#[derive(Clone, Debug)]
+pub struct Layer<'a> {
+    /// The layer.
+    pub site: &'a Site,
+    /// Input, `[rows, d_in]`; one-hot rows for an embedding.
+    pub x: Matrix,
+    /// Base weight, `[d_in, d_out]`.
+    pub weight: Matrix,
+    /// Base bias, `[1, d_out]`.
+    pub bias: Option<Matrix>,
+    /// The adapter's tensors by field; a vector is a matrix of one row.
+    pub fields: BTreeMap<String, Matrix>,
+}
+
+impl Layer<'_> {
+    /// The layer without its adapter, `x·W + b`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn base(&self, x: &Matrix) -> peft_core::Result<Matrix> {
+        let y = x.times(&self.weight)?;
+        self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.plus(bias))
+    }
+
+    /// The adapter's tensor of that field.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn field(&self, name: &str) -> peft_core::Result<&Matrix> {
+        self.fields.get(name).ok_or_else(|| peft_core::Error::config(name, "a tensor of the adapter", "none"))
+    }
+}
+
+/// The formula of an adapted layer's output, `[rows, d_out]`.
+type Reference<M> = fn(&M, &Layer<'_>) -> peft_core::Result<Matrix>;
+
+/// Relative deviation of f32 sums in another order.
+const ROUNDING: f64 = 1e-5;
+
+type Law<M> = fn(&Subject<'_, M>) -> Outcome;
+
+/// A method and what its author states of it.
+///
+/// The method targets layers of [`Stack`]: any of `embed`, `up` and `down`.
+#[derive(Clone, Debug)]
+pub struct Laws<M> {
+    method: M,
+    params: fn(&M, &Site) -> usize,
+    bad_value: (&'static str, Value),
+    reference: Option<Reference<M>>,
+    skips: Vec<(&'static str, String)>,
+}
+
+impl<M: Method> Laws<M> {
+    /// `params` is the documented number of values that the method trains in a layer; `bad_value` a field of the configuration with a
+    /// value that the method must refuse.
+    pub fn new(method: M, params: fn(&M, &Site) -> usize, bad_value: (&'static str, Value)) -> Self {
+        Self { method, params, bad_value, reference: None, skips: Vec::new() }
+    }
+
+    /// States the method's formula, to be held against both seams in double precision.
+    #[must_use]
+    pub fn with_reference(self, reference: Reference<M>) -> Self {
+        Self { reference: Some(reference), ..self }
+    }
+
+    /// Leaves out a law, for a reason that the report shows.
+    #[must_use]
+    pub fn skip(mut self, law: &'static str, reason: impl Into<String>) -> Self {
+        self.skips.push((law, reason.into()));
+        self
+    }
+
+    /// Looks at every law on `device` and gives each outcome to `report` as soon as it is there.
+    pub fn run_with(&self, device: &Device, mut report: impl FnMut(&Check)) -> Vec<Check> {
+        let subject = Subject { laws: self, device: device.clone().autodiff() };
+        let laws: [(&str, Law<M>); 20] = [
+            ("identity", forward::identity),
+            ("base_frozen", training::base_frozen),
+            ("adapter_moves", training::adapter_moves),
+            ("merge", forward::merge),
+            ("seams", training::seams),
+            ("save_load", files::save_load),
+            ("file", files::file),
+            ("packed", |_| Ok(Finding::Skipped("packed bases come with peft-quant".to_owned()))),
+            ("f16", |subject| training::half(subject, DType::F16)),
+            ("bf16", |subject| training::half(subject, DType::BF16)),
+            ("valid_train", training::valid_train),
+            ("config", setup::config),
+            ("bad_value", setup::bad_value),
+            ("attach_twice", setup::attach_twice),
+            ("attach_nothing", setup::attach_nothing),
+            ("unaware", setup::unaware),
+            ("encoder", forward::encoder),
+            ("reference", forward::reference),
+            ("backend", training::backend),
+            ("backend_gradients", training::backend_gradients),
+        ];
+        let known = |law: &str| laws.iter().any(|(name, _)| *name == law);
+        let unknown = self.skips.iter().filter(|(law, _)| !known(law));
+        let mut checks: Vec<Check> =
+            unknown.map(|(law, _)| Check::run(*law, || Err("there is no such law to skip".into()))).collect();
+        checks.iter().for_each(&mut report);
+        for (name, law) in laws {
+            let check = match self.skips.iter().find(|(skipped, _)| *skipped == name) {
+                Some((_, reason)) => Check::skip(name, reason),
+                None => Check::run(name, || law(&subject)),
+            };
+            report(&check);
+            checks.push(check);
+        }
+        checks
+    }
+
+    /// Looks at every law on `device`.
+    pub fn run(&self, device: &Device) -> Vec<Check> {
+        self.run_with(device, |_| ())
+    }
+}
+
+/// A method on a device.
+struct Subject<'a, M> {
+    laws: &'a Laws<M>,
+    /// With autodiff.
+    device: Device,
+}
+
+impl<M: Method> Subject<'_, M> {
+    fn on(&self, device: Device) -> Self {
+        Self { laws: self.laws, device: device.autodiff() }
+    }
+
+    fn method(&self) -> &M {
+        &self.laws.method
+    }
+
+    fn base(&self) -> Stack {
+        Stack::new(&self.device, DType::F32, true)
+    }
+
+    /// The stack with a fresh adapter.
+    fn attached(&self) -> Result<Stack, Failure> {
+        Ok(attach(self.base(), self.method(), 0)?)
+    }
+
+    /// The stack with an adapter of random values.
+    fn random(&self) -> Result<Stack, Failure> {
+        Ok(fill_adapter(self.attached()?))
+    }
+
+    /// The layers of `scan` that `attached` reports as adapted.
+    fn sites(&self) -> Result<Vec<Site>, Failure> {
+        let adapted = scan(&self.attached()?).adapted;
+        let Scan { sites, .. } = scan(&self.base());
+        Ok(sites.into_iter().filter(|site| adapted.contains(&format!("{}.weight", site.path))).collect())
+    }
+
+    /// Why the method's weight form is not the whole method; then only the activation seam is looked at.
+    fn weight_form_lacks(&self) -> Result<Option<String>, Failure> {
+        Ok(self.sites()?.iter().find_map(|site| self.method().needs_activation(site)))
+    }
+
+    fn seams(&self) -> Result<&'static [Seam], Failure> {
+        Ok(if self.weight_form_lacks()?.is_some() { &[Seam::Activation] } else { &[Seam::Weight, Seam::Activation] })
+    }
+
+    /// The same method on other layers.
+    fn retargeted(&self, names: &[&str]) -> Result<M, Failure> {
+        let mut json = serde_json::to_value(self.method())?;
+        json["target_modules"] = names.into();
+        Ok(serde_json::from_value(json)?)
+    }
+
+    /// An unmodified encoder of Burn, and the method on three of its layers.
+    fn encoder(&self) -> Result<(TransformerEncoder, M), Failure> {
+        let config = TransformerEncoderConfig::new(WIDTH, 2 * WIDTH, 2, 1).with_dropout(0.0);
+        let encoder = config.with_initializer(Initializer::Zeros).init(&self.device);
+        let method = self.retargeted(&["query", "value", "linear_inner"])?;
+        Ok((fill(encoder, Part::Base(DType::F32), 1), method))
+    }
+}

@@ -1,0 +1,135 @@
+//! Laws of what a model computes.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, Param};
+use burn::nn::transformer::TransformerEncoderInput;
+use burn::nn::Linear;
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Device, Tensor};
+use peft_core::{LayerKind, Method, Site, attach};
+
+use super::{Layer, ROUNDING, Subject};
+use crate::stack::{BATCH, IDS, SEQ, VOCAB, WIDTH, ids, input};
+use crate::state::{deviation, adapter, adapter_shapes, gradients, normal, worse};
+use crate::{Failure, Finding, Matrix, Outcome, Seam, Stack, fill_adapter, read};
+
+/// The model's output on the fixed input, in the type of its weights.
+pub(super) fn output(model: &Stack, seam: Seam) -> Result<Vec<f64>, Failure> {
+    let (device, dtype) = (model.up.weight.lazy_device(), model.up.weight.base().dtype());
+    read(model.forward(seam, ids(&device), input(WIDTH, 3, &device, dtype)))
+}
+
+/// A fresh adapter changes no bit.
+pub(super) fn identity<M: Method>(subject: &Subject<'_, M>) -> Outcome {
+    let (base, model) = (subject.base().valid(), subject.attached()?.valid());
+    let mut worst: f64 = 0.0;
+    for seam in subject.seams()? {
+        worst = worse(worst, deviation(&output(&model, *seam)?, &output(&base, *seam)?));
+    }
+    Ok(Finding::Measured { deviation: worst, bound: 0.0 })
+}
+
+/// The merged model is the adapted one.
+pub(super) fn merge<M: Method>(subject: &Subject<'_, M>) -> Outcome {
+    let model = subject.random()?;
+    let merged = output(&peft_core::merge(model.clone(), subject.method())?, Seam::Weight)?;
+    let mut worst: f64 = 0.0;
+    for seam in subject.seams()? {
+        worst = worse(worst, deviation(&merged, &output(&model.valid(), *seam)?));
+    }
+    Ok(Finding::Measured { deviation: worst, bound: ROUNDING })
+}
+
+/// The method works in a model that knows nothing of it: Burn's own encoder. Merging changes nothing, and every adapter tensor has a
+/// gradient.
+pub(super) fn encoder<M: Method>(subject: &Subject<'_, M>) -> Outcome {
+    if let Some(reason) = subject.weight_form_lacks()? {
+        return Ok(Finding::Skipped(reason));
+    }
+    let (encoder, method) = subject.encoder()?;
+    let model = fill_adapter(attach(encoder, &method, 0)?);
+    let x = |device: &Device| TransformerEncoderInput::new(input(WIDTH, 3, device, DType::F32));
+    let plain = subject.device.clone().without_autodiff();
+    let merged = read(peft_core::merge(model.clone(), &method)?.forward(x(&plain)))?;
+    let adapted = read(model.valid().forward(x(&plain)))?;
+    // Norms make the mean a constant, so the loss is that of the squares against another input.
+    let loss = (model.forward(x(&subject.device)) - input(WIDTH, 4, &subject.device, DType::F32)).square().sum();
+    let grads = GradientsParams::from_grads(loss.backward(), &model);
+    let silent = gradients(&model, &grads)?.into_iter().find(|(_, grad)| grad.iter().all(|g| *g == 0.0) || grad.is_empty());
+    match silent {
+        Some((name, _)) => Err(format!("the gradient of {name} is zero").into()),
+        None => Ok(Finding::Measured { deviation: deviation(&merged, &adapted), bound: ROUNDING }),
+    }
+}
+
+/// Both seams compute the method's formula, taken in double precision, on every adapted layer.
+pub(super) fn reference<M: Method>(subject: &Subject<'_, M>) -> Outcome {
+    let Some(formula) = subject.laws.reference else {
+        return Ok(Finding::Skipped("no formula was given".to_owned()));
+    };
+    let model = subject.random()?.valid();
+    let mut worst: f64 = 0.0;
+    for site in subject.sites()? {
+        let expected = formula(subject.method(), &layer(&model, &site)?)?;
+        for seam in subject.seams()? {
+            worst = worse(worst, deviation(&layer_output(&model, &site, *seam)?, expected.values()));
+        }
+    }
+    Ok(Finding::Measured { deviation: worst, bound: ROUNDING })
+}
+
+fn weight_and_bias<'a>(model: &'a Stack, site: &Site) -> (&'a Param<Tensor<2>>, Option<&'a Param<Tensor<1>>>) {
+    let linear = |layer: &'a Linear| (&layer.weight, layer.bias.as_ref());
+    match site.path.as_str() {
+        "embed" => (&model.embed.weight, None),
+        "up" => linear(&model.up),
+        _ => linear(&model.down),
+    }
+}
+
+fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
+    let rows = BATCH * SEQ;
+    let x = match site.kind {
+        LayerKind::Embedding => {
+            let hot = |at: usize| f64::from(u8::from(usize::try_from(IDS[at / VOCAB]) == Ok(at % VOCAB)));
+            (0..rows * VOCAB).map(hot).collect()
+        }
+        LayerKind::Linear | LayerKind::Conv1D => {
+            normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect()
+        }
+    };
+    let (weight, bias) = weight_and_bias(model, site);
+    let bias = bias.map(|bias| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(bias.base())?)?)).transpose()?;
+    let shapes = adapter_shapes(model);
+    let mut fields = BTreeMap::new();
+    for (name, values) in adapter(model)? {
+        if let Some(field) = name.strip_prefix(&format!("{}:", site.path)) {
+            let columns = shapes[&name].last().copied().unwrap_or(1);
+            fields.insert(field.to_owned(), Matrix::new(values.len() / columns.max(1), columns, values)?);
+        }
+    }
+    Ok(Layer {
+        site,
+        x: Matrix::new(rows, site.d_in, x)?,
+        weight: Matrix::new(site.d_in, site.d_out, read(weight.base())?)?,
+        bias,
+        fields,
+    })
+}
+
+fn layer_output(model: &Stack, site: &Site, seam: Seam) -> Result<Vec<f64>, Failure> {
+    let device = site.device.clone().without_autodiff();
+    if site.kind == LayerKind::Embedding {
+        return read(match seam {
+            Seam::Weight => model.embed.forward(ids(&device)),
+            Seam::Activation => peft_core::embedding(&model.embed, ids(&device)),
+        });
+    }
+    let x = input(site.d_in, 3, &device, DType::F32);
+    let layer = if site.path == "up" { &model.up } else { &model.down };
+    read(match seam {
+        Seam::Weight => layer.forward(x),
+        Seam::Activation => peft_core::linear(layer, x),
+    })
+}

@@ -1,0 +1,77 @@
+//! The small model under the laws.
+
+use burn::module::Module;
+use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig};
+use burn::tensor::activation::silu;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use peft_core::AdapterAware;
+
+use crate::state::{Part, fill, normal};
+
+/// How a model calls its layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seam {
+    /// `layer.forward(x)`: the layer sees the adapted weight.
+    Weight,
+    /// [`peft_core::linear`]: the adapter sees the layer's input.
+    Activation,
+}
+
+/// Three unmodified layers, `down(silu(up(embed(ids) + x)))`, that are called through either seam.
+///
+/// `embed` is `[32, 16]`, `up` is `[16, 32]` with a bias and `down` `[32, 16]` without, so that few kernels serve a device that compiles
+/// each one slowly.
+#[derive(Module, Debug)]
+pub struct Stack {
+    /// `[32, 16]`
+    pub embed: Embedding,
+    /// `[16, 32]`, with a bias.
+    pub up: Linear,
+    /// `[32, 16]`, without one.
+    pub down: Linear,
+    /// Whether the model declares its layers adapter-aware.
+    pub aware: Option<AdapterAware>,
+}
+
+pub(crate) const BATCH: usize = 2;
+pub(crate) const SEQ: usize = 4;
+pub(crate) const WIDTH: usize = 16;
+const INNER: usize = 32;
+pub(crate) const VOCAB: usize = 32;
+pub(crate) const IDS: [i64; BATCH * SEQ] = [1, 5, 3, 7, 2, 0, 5, 31];
+
+impl Stack {
+    /// The model with the same random weights on every device, in the type `dtype`.
+    pub fn new(device: &Device, dtype: DType, aware: bool) -> Self {
+        let linear = |d_in, d_out| LinearConfig::new(d_in, d_out).with_initializer(Initializer::Zeros);
+        let stack = Self {
+            embed: EmbeddingConfig::new(VOCAB, WIDTH).with_initializer(Initializer::Zeros).init(device),
+            up: linear(WIDTH, INNER).init(device),
+            down: linear(INNER, WIDTH).with_bias(false).init(device),
+            aware: aware.then_some(AdapterAware),
+        };
+        fill(stack, Part::Base(dtype), 1)
+    }
+
+    /// The output `[batch, seq, 16]` for ids `[batch, seq]` and an input `[batch, seq, 16]`.
+    pub fn forward(&self, seam: Seam, ids: Tensor<2, Int>, x: Tensor<3>) -> Tensor<3> {
+        match seam {
+            Seam::Weight => self.down.forward(silu(self.up.forward(self.embed.forward(ids) + x))),
+            Seam::Activation => {
+                let hidden = peft_core::linear(&self.up, peft_core::embedding(&self.embed, ids) + x);
+                peft_core::linear(&self.down, silu(hidden))
+            }
+        }
+    }
+}
+
+/// The ids that every law uses, `[2, 4]`.
+pub(crate) fn ids(device: &Device) -> Tensor<2, Int> {
+    Tensor::from_data(TensorData::new(IDS.to_vec(), [BATCH, SEQ]), device)
+}
+
+/// A fixed input, `[2, 4, width]`.
+pub(crate) fn input(width: usize, seed: u64, device: &Device, dtype: DType) -> Tensor<3> {
+    let values = normal(BATCH * SEQ * width, 1.0, seed);
+    Tensor::from_data(TensorData::new(values, [BATCH, SEQ, width]), (device, dtype))
+}

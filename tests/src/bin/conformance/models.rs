@@ -1,0 +1,85 @@
+//! Checks on whole models.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::{Peft, Targets, load_adapter};
+use peft_lora::LoraConfig;
+use peft_models::{CausalLm, ModelSource, Pretrained};
+use peft_testkit::{Failure, Finding, Golden, Outcome, difference, read};
+use peft_train::data::{BatchOptions, Batches, Sample};
+use peft_train::{AdapterOf, Record, Stop, TrainConfig, read_metrics, train};
+
+/// Largest difference of a logit, and of a loss after optimizer steps.
+const BOUND: f64 = 1e-4;
+
+type ModelCheck = Box<dyn Fn(&Device) -> Outcome>;
+
+/// The checks by name.
+pub(crate) fn checks() -> Vec<(String, ModelCheck)> {
+    const MODELS: [&str; 6] = ["llama", "qwen2", "qwen3", "gpt2", "mistral_sliding", "llama3_rope"];
+    const ADAPTERS: [(&str, &str); 4] = [("llama", "plain"), ("llama", "rslora"), ("llama", "embedding"), ("gpt2", "plain")];
+    let mut checks: Vec<(String, ModelCheck)> = Vec::new();
+    for name in MODELS {
+        checks.push((format!("golden {name}"), Box::new(move |device| golden_model(name, device))));
+    }
+    for (base, name) in ADAPTERS {
+        checks.push((format!("golden lora {base} {name}"), Box::new(move |device| golden_adapter(base, name, device))));
+    }
+    checks.push(("training".to_owned(), Box::new(training)));
+    checks
+}
+
+fn testdata(path: impl AsRef<Path>) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata").join(path)
+}
+
+fn model(name: &str, device: &Device) -> Result<CausalLm, Failure> {
+    Ok(Pretrained::load(&ModelSource::Dir(testdata("models").join(name)), device)?.model)
+}
+
+/// Logits of `model` against those in `dir`.
+fn golden(model: &CausalLm, dir: &Path, device: &Device) -> Outcome {
+    let golden = Golden::read(&dir.join("logits.safetensors"))?;
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(golden.tokens, [golden.batch, golden.seq]), device);
+    Ok(Finding::Measured { deviation: difference(&read(model.forward(ids))?, &golden.logits), bound: BOUND })
+}
+
+/// Logits are those of `transformers`.
+fn golden_model(name: &str, device: &Device) -> Outcome {
+    golden(&model(name, device)?, &testdata("models").join(name), device)
+}
+
+/// Logits with an adapter are those of Hugging Face PEFT.
+fn golden_adapter(base: &str, name: &str, device: &Device) -> Outcome {
+    let dir = testdata("lora").join(base).join(name);
+    let (model, _) = load_adapter::<_, LoraConfig>(model(base, device)?, &dir)?;
+    golden(&model, &dir, device)
+}
+
+/// The losses of three optimizer steps are those on Burn's default CPU backend.
+fn training(device: &Device) -> Outcome {
+    let (found, expected) = (losses(device)?, losses(&Device::flex())?);
+    Ok(Finding::Measured { deviation: difference(&found, &expected), bound: BOUND })
+}
+
+fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
+    let device = device.clone().autodiff();
+    let method = LoraConfig::new(4, Targets::modules(["q_proj", "v_proj"])).with_alpha(8.0);
+    let model = model("llama", &device)?.attach(&method)?;
+    let golden = Golden::read(&testdata("models/llama/logits.safetensors"))?;
+    let ids = golden.tokens.into_iter().map(u32::try_from).collect::<Result<Vec<_>, _>>()?;
+    let sample = |row: &[u32]| Sample::new(row.to_vec(), vec![true; row.len()]);
+    let samples = ids.chunks(golden.seq.max(1)).map(sample).collect::<Result<_, _>>()?;
+    let batches = Batches::new(samples, BatchOptions { batch_size: golden.batch, pack: None, seed: 0, pad: 0 })?;
+    let config = TrainConfig { steps: 3, learning_rate: 1e-2, ..TrainConfig::default() };
+    let trained = AdapterOf { method, base_model: "llama".to_owned() };
+    let dir = tempfile::tempdir()?;
+    train(model, &trained, batches, None, &config, dir.path(), false, &device, &Stop::new(false))?;
+    let loss = |record| match record {
+        Record::Step(step) => Some(step.loss),
+        Record::Eval(_) => None,
+    };
+    let losses: Vec<f64> = read_metrics(&dir.path().join("metrics.jsonl"))?.into_iter().filter_map(loss).collect();
+    if losses.len() == config.steps { Ok(losses) } else { Err(format!("expected 3 steps, found {}", losses.len()).into()) }
+}
