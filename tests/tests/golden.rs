@@ -154,10 +154,10 @@ fn matching_equals_peft() {
     }
     #[derive(serde::Deserialize)]
     struct Pattern {
-        pattern: indexmap::IndexMap<String, usize>,
+        pattern: indexmap::IndexMap<String, f64>,
         key: String,
-        default: usize,
-        expected: usize,
+        default: f64,
+        expected: f64,
     }
     let golden: Golden =
         serde_json::from_str(&std::fs::read_to_string(testdata().join("matching.json")).unwrap()).unwrap();

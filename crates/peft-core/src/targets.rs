@@ -148,7 +148,8 @@ impl Targets {
             inside_saved: kept_whole
                 .map(|m| regex("modules_to_save", &format!(r"(^|^.*\.){m}($|\..*)")))
                 .collect::<Result<_>>()?,
-            layers: self.layers_to_transform.clone(),
+            // An empty list is no restriction, as in Python.
+            layers: self.layers_to_transform.clone().filter(|layers| !layers.as_slice().is_empty()),
             layer_index,
             modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
             bias: self.bias,

@@ -68,7 +68,7 @@ impl ModuleMapper for Loader<'_> {
                 let values = if hf.transposed { transpose(&values, expected[0], expected[1]) } else { values };
                 // The random initial value is never made: the lazy parameter is replaced, not read.
                 let value = Tensor::from_data(TensorData::new(values, shape), &param.lazy_device());
-                Param::initialized(param.id, value.set_require_grad(true))
+                Param::initialized(param.id, value).set_require_grad(true)
             }
             Err(error) => {
                 self.failed = Some(error);

@@ -9,7 +9,6 @@ use peft_models::checkpoint::Checkpoint;
 use peft_models::config::ModelConfig;
 use peft_models::gguf::Gguf;
 use peft_models::tokenizer::Tokenizer;
-use peft_models::weights::Weights;
 use peft_models::{CausalLm, ModelSource, Origin, Pretrained};
 use serde::Serialize;
 use serde_json::{Value, json};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use burn::module::Module;
 use burn::tensor::Device;
 use peft_core::{Peft, Targets, attach};
 use peft_lora::LoraConfig;

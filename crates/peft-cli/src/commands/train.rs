@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use burn::module::Module;
 use clap::ArgMatches;
 use peft_core::files::{CONFIG_FILE, TENSOR_FILE};
 use peft_core::{Peft, Report, scan};

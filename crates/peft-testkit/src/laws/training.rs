@@ -40,7 +40,7 @@ impl Run {
     }
 }
 
-/// `steps` steps of AdamW towards a fixed output. Without weight decay, so that only a gradient moves a tensor.
+/// `steps` steps of `AdamW` towards a fixed output. Without weight decay, so that only a gradient moves a tensor.
 fn train(mut model: Stack, seam: Seam, steps: usize, device: &Device) -> Stack {
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.0).init();
     let (x, target) = (input(WIDTH, 3, device, DType::F32), input(WIDTH, 4, device, DType::F32));
