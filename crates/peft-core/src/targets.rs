@@ -134,7 +134,7 @@ impl Targets {
             }
         }
         let layer_index = match &self.layers_pattern {
-            Some(patterns) if !patterns.as_slice().is_empty() => patterns
+            Some(patterns) if patterns.as_slice().iter().any(|p| !p.is_empty()) => patterns
                 .as_slice()
                 .iter()
                 .map(|p| regex("layers_pattern", &format!(r"^(?:|.*?\.){p}\.(\d+)\.")))

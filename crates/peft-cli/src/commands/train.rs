@@ -108,7 +108,7 @@ impl Place<'_> {
         let checkpoints = self.checkpoints()?;
         if self.resume {
             let what = || format!("--resume: {} holds no checkpoint", self.dir.display());
-            return if checkpoints.is_empty() { Err(Error::usage(what(), "--overwrite to begin again")) } else { Ok(()) };
+            return if checkpoints.is_empty() { Err(Error::usage(what(), "leave --resume out to begin again")) } else { Ok(()) };
         }
         let adapter = [CONFIG_FILE, TENSOR_FILE].iter().any(|name| self.dir.join(name).exists());
         if (adapter || !checkpoints.is_empty()) && !self.overwrite {
