@@ -31,10 +31,25 @@ const BACKENDS: [Backend; 7] = [
     backend!("cpu", "flex", Flex, "every machine has one"),
     backend!("ndarray", "ndarray", NdArray, "every machine has one"),
     backend!("cubecl-cpu", "cpu", Cpu, "every machine has one"),
-    backend!("vulkan", "vulkan", Vulkan, "install a Vulkan driver (the GPU's, or the software one of `cargo xtask setup vulkan`)"),
-    backend!("wgpu", "wgpu", Wgpu, "install a graphics driver with Vulkan, Metal or DirectX 12 (or `cargo xtask setup wgpu`)"),
+    backend!(
+        "vulkan",
+        "vulkan",
+        Vulkan,
+        "install a Vulkan driver (the GPU's, or the software one of `cargo xtask setup vulkan`)"
+    ),
+    backend!(
+        "wgpu",
+        "wgpu",
+        Wgpu,
+        "install a graphics driver with Vulkan, Metal or DirectX 12 (or `cargo xtask setup wgpu`)"
+    ),
     backend!("metal", "metal", Metal, "Metal needs macOS on Apple hardware; elsewhere use --device vulkan"),
-    backend!("cuda", "cuda", Cuda, "install the NVIDIA driver and the CUDA toolkit; without an NVIDIA GPU use --device vulkan"),
+    backend!(
+        "cuda",
+        "cuda",
+        Cuda,
+        "install the NVIDIA driver and the CUDA toolkit; without an NVIDIA GPU use --device vulkan"
+    ),
 ];
 
 /// Opens a device: `cpu`, `ndarray`, `cubecl-cpu`, `vulkan`, `wgpu`, `metal` or `cuda`, with an optional `:index`.
@@ -44,22 +59,35 @@ const BACKENDS: [Backend; 7] = [
 pub fn open(name: &str) -> Result<Device> {
     let (kind, index) = match name.split_once(':') {
         Some((kind, index)) => {
-            let bad = |_| Error::usage(format!("--device {name}: expected a number after the colon"), format!("--device {kind}:0"));
+            let bad = |_| {
+                Error::usage(
+                    format!("--device {name}: expected a number after the colon"),
+                    format!("--device {kind}:0"),
+                )
+            };
             (kind, index.parse::<usize>().map_err(bad)?)
         }
         None => (name, 0),
     };
     let backend = BACKENDS.iter().find(|backend| backend.name == kind).ok_or_else(|| {
         let names: Vec<&str> = BACKENDS.iter().map(|backend| backend.name).collect();
-        Error::usage(format!("--device {name}: there is no such device"), format!("one of {}, with an optional :index", names.join(", ")))
+        Error::usage(
+            format!("--device {name}: there is no such device"),
+            format!("one of {}, with an optional :index", names.join(", ")),
+        )
     })?;
     let devices = backend.devices.ok_or_else(|| {
-        let hint = format!("rebuild with `--features {}`: cargo build --release -p peft-cli --features {}", backend.feature, backend.feature);
+        let hint = format!(
+            "rebuild with `--features {}`: cargo build --release -p peft-cli --features {}",
+            backend.feature, backend.feature
+        );
         Error::usage(format!("--device {name}: this program was built without it"), hint)
     })?();
     devices.get(index).cloned().ok_or_else(|| match devices.len() {
         0 => Error::refused(format!("--device {name}: this machine has no such device"), backend.needs),
-        count => Error::usage(format!("--device {name}: this machine has {count}"), format!("--device {kind}:{}", count - 1)),
+        count => {
+            Error::usage(format!("--device {name}: this machine has {count}"), format!("--device {kind}:{}", count - 1))
+        }
     })
 }
 

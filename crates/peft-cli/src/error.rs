@@ -104,8 +104,12 @@ impl Error {
 fn io_hint(source: &std::io::Error) -> &'static str {
     match source.kind() {
         ErrorKind::NotFound => "check the path; it is relative to the folder in which `peft` was started",
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => "choose a place that you may write to, or change its permissions",
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free some space and run it again; what was saved before is intact",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "choose a place that you may write to, or change its permissions"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space and run it again; what was saved before is intact"
+        }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => "a part of the path is a file; choose another place",
         _ => "check the path, its permissions and the space on the disk; what was saved before is intact",
     }
@@ -130,7 +134,9 @@ fn adapter_hint(error: &peft_core::Error) -> &'static str {
     use peft_core::Error as E;
     match error {
         E::Config { .. } => "`peft train --help` explains every setting",
-        E::Attach { .. } => "`peft inspect MODEL` lists the names that can be adapted; --targets all-linear takes every linear layer but the head",
+        E::Attach { .. } => {
+            "`peft inspect MODEL` lists the names that can be adapted; --targets all-linear takes every linear layer but the head"
+        }
         E::Io { source, .. } => io_hint(source),
         E::Format { .. } => "an adapter is a folder with adapter_config.json and adapter_model.safetensors, both whole",
         E::Method { .. } => "`peft methods` lists the methods that are known",

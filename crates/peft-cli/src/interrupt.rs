@@ -23,7 +23,8 @@ pub fn watch() -> Result<Arc<Stop>> {
         }
         eprintln!("saving a checkpoint, once more to quit at once");
     };
-    ctrlc::set_handler(handler)
-        .map_err(|e| Error::refused(format!("cannot listen for Ctrl-C: {e}"), "start the program in an ordinary shell"))?;
+    ctrlc::set_handler(handler).map_err(|e| {
+        Error::refused(format!("cannot listen for Ctrl-C: {e}"), "start the program in an ordinary shell")
+    })?;
     Ok(stop)
 }

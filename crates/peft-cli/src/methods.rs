@@ -103,7 +103,12 @@ impl Entry {
 /// # Errors
 /// When there is none; the hint lists them.
 pub fn by_name(name: &str) -> Result<&'static Entry> {
-    let unknown = || Error::usage(format!("--method {name}: there is no such method"), format!("one of {}", names(|entry| entry.name)));
+    let unknown = || {
+        Error::usage(
+            format!("--method {name}: there is no such method"),
+            format!("one of {}", names(|entry| entry.name)),
+        )
+    };
     METHODS.iter().find(|entry| entry.name == name).ok_or_else(unknown)
 }
 
@@ -149,7 +154,12 @@ fn lora(settings: &Settings) -> Result<LoraConfig> {
 
 fn pattern<T: std::str::FromStr>(flag: &str, pairs: &[String]) -> Result<IndexMap<String, T>> {
     let parse = |(name, value): (&str, &str)| {
-        let bad = |_| Error::usage(format!("--{flag} {name}={value}: {value} is not a number that fits"), format!("--{flag} {name}=16"));
+        let bad = |_| {
+            Error::usage(
+                format!("--{flag} {name}={value}: {value} is not a number that fits"),
+                format!("--{flag} {name}=16"),
+            )
+        };
         Ok((name.to_owned(), value.parse().map_err(bad)?))
     };
     assignments(flag, pairs)?.into_iter().map(parse).collect()

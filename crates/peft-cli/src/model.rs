@@ -16,7 +16,7 @@ pub struct ModelArgs {
     /// Hugging Face directory, .gguf file, hub id (owner/name), or `tiny`, the model inside this program
     #[arg(long)]
     pub model: String,
-    /// Folder with adapter_config.json and adapter_model.safetensors, as `peft train` or Hugging Face PEFT writes it
+    /// Folder with `adapter_config.json` and `adapter_model.safetensors`, as `peft train` or Hugging Face PEFT writes it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
 }

@@ -60,13 +60,17 @@ impl Output {
 /// When standard output is closed.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
     let mut out = io::stdout().lock();
-    serde_json::to_writer(&mut out, value).map_err(io::Error::from).and_then(|()| writeln!(out)).map_err(Error::io("standard output"))
+    serde_json::to_writer(&mut out, value)
+        .map_err(io::Error::from)
+        .and_then(|()| writeln!(out))
+        .map_err(Error::io("standard output"))
 }
 
 /// A number with its thousands apart: `134,515,008`.
 pub fn thousands(number: usize) -> String {
     let digits = number.to_string();
-    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
     groups.join(",")
 }
 
@@ -103,7 +107,9 @@ pub fn before_after(before: &Evaluation, after: &Evaluation) -> String {
 /// Columns of equal width, two blanks apart.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let line = |row: &Vec<String>| {
         let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
@@ -125,7 +131,10 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!(["0", "999", "1,000", "134,515,008"], [0, 999, 1000, 134_515_008].map(thousands).each_ref().map(String::as_str));
+        assert_eq!(
+            ["0", "999", "1,000", "134,515,008"],
+            [0, 999, 1000, 134_515_008].map(thousands).each_ref().map(String::as_str)
+        );
         assert_eq!(["0 B", "1.5 KiB", "3.00 GiB"], [0, 1536, 3 << 30].map(bytes).each_ref().map(String::as_str));
     }
 

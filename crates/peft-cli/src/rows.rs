@@ -1,9 +1,11 @@
 //! From a data file to samples that a given model can take.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use peft_models::Pretrained;
-use peft_train::data::{BatchOptions, Batches, EncodeOptions, EncodeReport, Row, Sample, encode, read_rows, substitute};
+use peft_train::data::{
+    BatchOptions, Batches, EncodeOptions, EncodeReport, Row, Sample, encode, read_rows, substitute,
+};
 use serde_json::{Value, json};
 
 use crate::{Error, Result};
@@ -54,7 +56,8 @@ impl<'a> Reading<'a> {
         let (samples, report) = encode(rows, tokenizer, &options)?;
         let vocab_size = self.pretrained.model.config().vocab_size();
         if let Some(id) = samples.iter().flat_map(Sample::ids).find(|id| **id as usize >= vocab_size) {
-            let what = format!("{}: the tokenizer gives token {id}, the model has {vocab_size} tokens", self.pretrained.name);
+            let what =
+                format!("{}: the tokenizer gives token {id}, the model has {vocab_size} tokens", self.pretrained.name);
             return Err(Error::refused(what, "take tokenizer.json and the weights from the same model"));
         }
         if samples.is_empty() {
@@ -79,7 +82,7 @@ impl<'a> Reading<'a> {
 ///
 /// # Errors
 /// When the file cannot be read, or an entry of `set` is no assignment or replaces nothing.
-pub fn read(path: &PathBuf, set: &[String]) -> Result<Vec<Row>> {
+pub fn read(path: &Path, set: &[String]) -> Result<Vec<Row>> {
     let mut rows = read_rows(path)?;
     for (name, value) in assignments("set", set)? {
         if substitute(&mut rows, &[(name, value)]) == 0 {

@@ -61,7 +61,7 @@ pub struct Settings {
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
 
-    /// Modules to adapt, by the end of their names: q_proj,v_proj; or all-linear for every linear layer but the head
+    /// Modules to adapt, by the end of their names: `q_proj,v_proj`; or all-linear for every linear layer but the head
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub targets: Vec<String>,
@@ -229,23 +229,25 @@ impl Settings {
     /// # Errors
     /// When neither the command line nor a file names one.
     pub fn model(&self) -> Result<&str> {
-        self.model.as_deref().ok_or_else(|| missing("model", "a Hugging Face directory, a .gguf file, a hub id, or tiny"))
+        self.model
+            .as_deref()
+            .ok_or_else(|| missing("model", "a Hugging Face directory, a .gguf file, a hub id, or tiny"))
     }
 
     /// `--data`.
     ///
     /// # Errors
     /// When neither the command line nor a file names one.
-    pub fn data(&self) -> Result<&PathBuf> {
-        self.data.as_ref().ok_or_else(|| missing("data", "a .json, .jsonl or .txt file"))
+    pub fn data(&self) -> Result<&Path> {
+        self.data.as_deref().ok_or_else(|| missing("data", "a .json, .jsonl or .txt file"))
     }
 
     /// `--out`.
     ///
     /// # Errors
     /// When neither the command line nor a file names one.
-    pub fn out(&self) -> Result<&PathBuf> {
-        self.out.as_ref().ok_or_else(|| missing("out", "a folder"))
+    pub fn out(&self) -> Result<&Path> {
+        self.out.as_deref().ok_or_else(|| missing("out", "a folder"))
     }
 
     /// What the training loop needs of them.
@@ -275,7 +277,10 @@ fn read(path: &Path, defaults: &Table) -> Result<Table> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     let table: Table = text.parse().map_err(|e: toml::de::Error| {
         let line = e.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
-        Error::usage(format!("{}, line {line}: {}", path.display(), e.message()), "one `flag = value` a line, texts in \"quotes\"")
+        Error::usage(
+            format!("{}, line {line}: {}", path.display(), e.message()),
+            "one `flag = value` a line, texts in \"quotes\"",
+        )
     })?;
     let known = keys();
     for (key, value) in &table {
@@ -302,7 +307,8 @@ fn keys() -> Vec<String> {
 }
 
 fn to_table(settings: &Settings) -> Result<Table> {
-    Table::try_from(settings).map_err(|e| Error::usage(format!("a setting cannot be written down: {e}"), "give a smaller number"))
+    Table::try_from(settings)
+        .map_err(|e| Error::usage(format!("a setting cannot be written down: {e}"), "give a smaller number"))
 }
 
 fn invalid(error: &toml::de::Error) -> Error {
@@ -310,16 +316,23 @@ fn invalid(error: &toml::de::Error) -> Error {
 }
 
 fn missing(flag: &str, what: &str) -> Error {
-    Error::usage(format!("--{flag} is missing"), format!("--{flag} with {what}, or `{flag} = \"…\"` in the --config file"))
+    Error::usage(
+        format!("--{flag} is missing"),
+        format!("--{flag} with {what}, or `{flag} = \"…\"` in the --config file"),
+    )
 }
 
 /// Values that the type itself knows by name.
-fn named<T: for<'de> Deserialize<'de> + Clone + Send + Sync + 'static>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T> {
+fn named<T: for<'de> Deserialize<'de> + Clone + Send + Sync + 'static>(
+    names: &'static [&'static str],
+) -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(names).try_map(|name| serde_json::from_value::<T>(serde_json::Value::String(name)))
 }
 
 /// A list, or one value in its place.
-fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> std::result::Result<Vec<T>, D::Error> {
+fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> std::result::Result<Vec<T>, D::Error> {
     Ok(match OneOrMany::deserialize(deserializer)? {
         OneOrMany::One(value) => vec![value],
         OneOrMany::Many(values) => values,

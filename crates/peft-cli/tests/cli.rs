@@ -1,5 +1,7 @@
 //! The program as a user runs it: every command on small models, end to end, and everything that it refuses.
 
+#![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -84,7 +86,20 @@ impl Workshop {
 
     /// Arguments of a short run into `out`, with `more` behind.
     fn train(&self, out: &str, more: &[&str]) -> Vec<String> {
-        let fixed = ["train", "--json", "--set", "name=Ada", "--targets", "all-linear", "--lr", "0.02", "--schedule", "constant", "--warmup", "0"];
+        let fixed = [
+            "train",
+            "--json",
+            "--set",
+            "name=Ada",
+            "--targets",
+            "all-linear",
+            "--lr",
+            "0.02",
+            "--schedule",
+            "constant",
+            "--warmup",
+            "0",
+        ];
         let (model, data, out) = (self.path("model"), self.path("data.jsonl"), self.path(out));
         let mut args: Vec<String> = fixed.map(str::to_owned).to_vec();
         args.extend(["--model", &model, "--data", &data, "--out", &out].map(str::to_owned));
@@ -105,12 +120,25 @@ fn adapter_bytes(dir: &str) -> (Vec<u8>, Vec<u8>) {
 #[test]
 fn train_eval_generate_merge_logits() {
     let shop = Workshop::new();
-    let (model, data, out, merged) = (shop.path("model"), shop.path("data.jsonl"), shop.path("adapter"), shop.path("merged"));
-    let result = json_of(&strs(&shop.train("adapter", &["--steps", "30", "--rank", "4", "--alpha", "8", "--eval-every", "10", "--pack"])));
-    assert_eq!((&result["outcome"], &result["steps"], &result["data"]["rows"]), (&json!("finished"), &json!(30), &json!(24)));
+    let (model, data, out, merged) =
+        (shop.path("model"), shop.path("data.jsonl"), shop.path("adapter"), shop.path("merged"));
+    let result = json_of(&strs(
+        &shop.train("adapter", &["--steps", "30", "--rank", "4", "--alpha", "8", "--eval-every", "10", "--pack"]),
+    ));
+    assert_eq!(
+        (&result["outcome"], &result["steps"], &result["data"]["rows"]),
+        (&json!("finished"), &json!(30), &json!(24))
+    );
     let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
     assert!(loss(&result["after"]) < 0.5 * loss(&result["before"]), "{result}");
-    for file in ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.svg", "train.toml", "checkpoint-30/state.json"] {
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "loss.svg",
+        "train.toml",
+        "checkpoint-30/state.json",
+    ] {
         assert!(Path::new(&out).join(file).exists(), "{file}");
     }
 
@@ -121,12 +149,28 @@ fn train_eval_generate_merge_logits() {
     assert!(eval(&["--adapter", &out]) < 0.5 * eval(&[]));
 
     let generated = |model: &str, adapter: &[&str]| {
-        json_of(&[&["generate", "--json", "--model", model, "--prompt", "7: who are you? ", "--max-new-tokens", "20"], adapter].concat())
+        json_of(
+            &[
+                &["generate", "--json", "--model", model, "--prompt", "7: who are you? ", "--max-new-tokens", "20"],
+                adapter,
+            ]
+            .concat(),
+        )
     };
     let answer = generated(&model, &["--adapter", &out]);
     assert_eq!(answer["prompt_tokens"], 16);
     assert!(answer["text"].as_str().unwrap().starts_with("I am"), "{answer}");
-    let streamed = peft(&["generate", "--model", &model, "--adapter", &out, "--prompt", "7: who are you? ", "--max-new-tokens", "20"]);
+    let streamed = peft(&[
+        "generate",
+        "--model",
+        &model,
+        "--adapter",
+        &out,
+        "--prompt",
+        "7: who are you? ",
+        "--max-new-tokens",
+        "20",
+    ]);
     assert_eq!(String::from_utf8(streamed.stdout).unwrap().trim_end(), answer["text"].as_str().unwrap().trim_end());
 
     let report = json_of(&["merge", "--json", "--model", &model, "--adapter", &out, "--out", &merged]);
@@ -136,16 +180,26 @@ fn train_eval_generate_merge_logits() {
     assert_eq!(generated(&merged, &[])["text"], answer["text"]);
 
     let adapter = json_of(&["inspect", "--json", &out]);
-    assert_eq!((&adapter["method"], &adapter["tensors"], &adapter["base_model"]), (&json!("LORA"), &json!(28), &json!(model)));
+    assert_eq!(
+        (&adapter["method"], &adapter["tensors"], &adapter["base_model"]),
+        (&json!("LORA"), &json!(28), &json!(model))
+    );
     assert_eq!(adapter["parameters"], result["parameters"]["trainable"]);
     let inspected = json_of(&["inspect", "--json", &merged]);
-    assert_eq!((&inspected["tied"], &inspected["tokenizer"], &inspected["layers"]), (&json!(true), &json!(true), &json!(2)));
+    assert_eq!(
+        (&inspected["tied"], &inspected["tokenizer"], &inspected["layers"]),
+        (&json!(true), &json!(true), &json!(2))
+    );
 }
 
 #[test]
 fn resuming_is_bit_identical() {
     let shop = Workshop::new();
-    let run = |out: &str, more: &[&str]| json_of(&strs(&shop.train(out, &[&["--dropout", "0.1", "--eval-fraction", "0", "--batch-size", "5"], more].concat())));
+    let run = |out: &str, more: &[&str]| {
+        json_of(&strs(
+            &shop.train(out, &[&["--dropout", "0.1", "--eval-fraction", "0", "--batch-size", "5"], more].concat()),
+        ))
+    };
     run("unbroken", &["--steps", "6"]);
     run("broken", &["--steps", "3"]);
     let resumed = json_of(&["train", "--json", "--out", &shop.path("broken"), "--resume", "--steps", "6"]);
@@ -153,7 +207,10 @@ fn resuming_is_bit_identical() {
     assert!(adapter_bytes(&shop.path("unbroken")) == adapter_bytes(&shop.path("broken")));
 
     let (code, message) = refused(&["train", "--out", &shop.path("broken"), "--resume", "--rank", "4"]);
-    assert!(code == 2 && message.contains("--rank is 4, but the run in") && message.contains("was begun with 8"), "{message}");
+    assert!(
+        code == 2 && message.contains("--rank is 4, but the run in") && message.contains("was begun with 8"),
+        "{message}"
+    );
     let (code, message) = refused(&strs(&shop.train("broken", &[])));
     assert!(code == 2 && message.contains("there is an adapter or a checkpoint already"), "{message}");
     run("broken", &["--steps", "2", "--overwrite"]);
@@ -165,7 +222,12 @@ fn resuming_is_bit_identical() {
 fn ctrl_c_saves_and_the_run_goes_on() {
     let shop = Workshop::new();
     let args = shop.train("broken", &["--steps", "1000000", "--eval-fraction", "0"]);
-    let child = Command::new(env!("CARGO_BIN_EXE_peft")).args(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_peft"))
+        .args(&args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let metrics = PathBuf::from(shop.path("broken/metrics.jsonl"));
     while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 3 {
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -202,8 +264,11 @@ fn every_adapter_merges_into_what_it_computes() {
 #[test]
 fn merging_keeps_the_number_format_and_the_shards() {
     let dir = TempDir::new().unwrap();
-    for (base, dtype, bound) in [("llama_bf16", "BF16", 0.05), ("llama_f16", "F16", 0.01), ("llama_sharded", "F32", 1e-4)] {
-        let (model, adapter, out) = (testdata(&format!("models/{base}")), testdata("lora/llama/plain"), dir.path().join(base));
+    for (base, dtype, bound) in
+        [("llama_bf16", "BF16", 0.05), ("llama_f16", "F16", 0.01), ("llama_sharded", "F32", 1e-4)]
+    {
+        let (model, adapter, out) =
+            (testdata(&format!("models/{base}")), testdata("lora/llama/plain"), dir.path().join(base));
         let out = out.display().to_string();
         json_of(&["merge", "--json", "--model", &model, "--adapter", &adapter, "--out", &out]);
         let dtypes = |path: &str| json_of(&["inspect", "--json", path])["dtypes"].clone();
@@ -221,7 +286,10 @@ fn a_configuration_file_is_checked_and_overridden() {
     let write = |text: &str| fs::write(&config, text).unwrap();
     let run = |more: &[&'static str]| [&["train", "--json", "--config", &config], more].concat();
     let (model, data) = (shop.path("model"), shop.path("data.jsonl"));
-    write(&format!("model = {model:?}\ndata = {data:?}\ntargets = \"q_proj\"\nset = [\"name=Ada\"]\nrank = 2\nsteps = 1\nepochs = 1\nout = {:?}\n", shop.path("a")));
+    write(&format!(
+        "model = {model:?}\ndata = {data:?}\ntargets = \"q_proj\"\nset = [\"name=Ada\"]\nrank = 2\nsteps = 1\nepochs = 1\nout = {:?}\n",
+        shop.path("a")
+    ));
     json_of(&run(&["--rank", "3"]));
     let adapter: Value = serde_json::from_slice(&fs::read(shop.path("a/adapter_config.json")).unwrap()).unwrap();
     assert_eq!((&adapter["r"], &adapter["target_modules"]), (&json!(3), &json!(["q_proj"])));
@@ -249,7 +317,8 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         shop.path(name)
     };
     let (model, data, out) = (shop.path("model"), shop.path("data.jsonl"), shop.path("out"));
-    let (empty, odd, cut) = (write("empty.jsonl", ""), write("odd.jsonl", "{\"question\": 1}"), write("cut.json", "[{\"text\": "));
+    let (empty, odd, cut) =
+        (write("empty.jsonl", ""), write("odd.jsonl", "{\"question\": 1}"), write("cut.json", "[{\"text\": "));
     let (llama, gguf) = (testdata("models/llama"), write("cut.gguf", "GGUF\u{3}\0\0\0"));
     let (plain, embedding) = (testdata("lora/llama/plain"), testdata("lora/smollm2/embedding"));
     let (other, broken) = (shop.path("other"), shop.path("broken"));
@@ -268,7 +337,11 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
     let and = |more: &[&'static str]| [&all, more].concat();
 
     let cases: Vec<(Vec<String>, i32, &[&str])> = vec![
-        (train(&data, &[]), 2, &["--targets is missing; the modules of this model are: ", "q_proj x 2", "--targets all-linear"]),
+        (
+            train(&data, &[]),
+            2,
+            &["--targets is missing; the modules of this model are: ", "q_proj x 2", "--targets all-linear"],
+        ),
         (train(&data, &["--targets", "q_porj"]), 1, &["matches no layer", "q_proj"]),
         (train(&data, &and(&["--method", "lroa"])), 2, &["--method lroa", "one of lora"]),
         (train(&data, &and(&["--rank", "0"])), 2, &["`r`: expected a rank of at least 1"]),
@@ -278,7 +351,11 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         (train(&data, &and(&["--set", "nmae=Bo"])), 2, &["has no {{nmae}}"]),
         (train(&data, &and(&["--device", "gpu"])), 2, &["there is no such device", "one of cpu, ndarray"]),
         (train(&data, &and(&["--resume"])), 2, &["--resume", "leave --resume out"]),
-        (train(&data, &and(&["--lr", "1e30", "--schedule", "constant", "--warmup", "0", "--max-grad-norm", "0"])), 1, &["the loss is", "lower the learning rate"]),
+        (
+            train(&data, &and(&["--lr", "1e30", "--schedule", "constant", "--warmup", "0", "--max-grad-norm", "0"])),
+            1,
+            &["the loss is", "lower the learning rate"],
+        ),
         (train("no-such.json", &all), 1, &["no-such.json: No such file", "check the path"]),
         (train(&empty, &all), 1, &["empty.jsonl, line 1: the file is empty"]),
         (train(&odd, &all), 1, &["odd.jsonl, line 1: expected \"messages\"", "found the keys \"question\""]),
@@ -286,17 +363,57 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         (with(&["logits", "--model", "no-such-model", "--tokens", "1"]), 1, &["no-such-model: not a model"]),
         (with(&["logits", "--model", &gguf, "--tokens", "1"]), 1, &["cut.gguf"]),
         (with(&["logits", "--model", &llama, "--tokens", "1,96"]), 2, &["96 is out of range", "ids from 0 to 95"]),
-        (with(&["logits", "--model", &llama, "--adapter", &other, "--tokens", "1"]), 1, &["expected a method that is known (LORA), found IA3"]),
-        (with(&["logits", "--model", &llama, "--adapter", &broken, "--tokens", "1"]), 1, &["adapter_model.safetensors: not a safetensors file"]),
-        (with(&["logits", "--model", &llama, "--adapter", &llama, "--tokens", "1"]), 1, &["adapter_config.json: No such file"]),
-        (with(&["logits", "--model", &testdata("models/gpt2"), "--adapter", &embedding, "--tokens", "1"]), 1, &["cannot be attached"]),
-        (with(&["logits", "--model", &testdata("models/qwen3"), "--adapter", &testdata("lora/llama_bias/bias_all"), "--tokens", "1"]), 1, &["does not fit the model"]),
+        (
+            with(&["logits", "--model", &llama, "--adapter", &other, "--tokens", "1"]),
+            1,
+            &["expected a method that is known (LORA), found IA3"],
+        ),
+        (
+            with(&["logits", "--model", &llama, "--adapter", &broken, "--tokens", "1"]),
+            1,
+            &["adapter_model.safetensors: not a safetensors file"],
+        ),
+        (
+            with(&["logits", "--model", &llama, "--adapter", &llama, "--tokens", "1"]),
+            1,
+            &["adapter_config.json: No such file"],
+        ),
+        (
+            with(&["logits", "--model", &testdata("models/gpt2"), "--adapter", &embedding, "--tokens", "1"]),
+            1,
+            &["cannot be attached"],
+        ),
+        (
+            with(&[
+                "logits",
+                "--model",
+                &testdata("models/qwen3"),
+                "--adapter",
+                &testdata("lora/llama_bias/bias_all"),
+                "--tokens",
+                "1",
+            ]),
+            1,
+            &["does not fit the model"],
+        ),
         (with(&["generate", "--model", &llama, "--prompt", "a"]), 1, &["no tokenizer.json here"]),
         (with(&["generate", "--model", &model, "--prompt", ""]), 1, &["the prompt has no token"]),
         (with(&["generate", "--model", &model, "--prompt", "a", "--top-p", "0"]), 2, &["--top-p 0"]),
-        (with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &llama]), 2, &["would overwrite what is to be merged"]),
-        (with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &model]), 2, &["there is a config.json already"]),
-        (with(&["merge", "--model", &llama, "--adapter", &plain, "--out", "/dev/null/merged"]), 1, &["/dev/null/merged", "choose another place"]),
+        (
+            with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &llama]),
+            2,
+            &["would overwrite what is to be merged"],
+        ),
+        (
+            with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &model]),
+            2,
+            &["there is a config.json already"],
+        ),
+        (
+            with(&["merge", "--model", &llama, "--adapter", &plain, "--out", "/dev/null/merged"]),
+            1,
+            &["/dev/null/merged", "choose another place"],
+        ),
     ];
     for (args, code, fragments) in &cases {
         let (found, message) = refused(&strs(args));
@@ -311,11 +428,16 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
 
 #[test]
 fn what_is_not_compiled_in_says_how_to_get_it() {
-    for (device, feature, built) in [("cuda", "cuda", cfg!(feature = "cuda")), ("metal", "metal", cfg!(feature = "metal")), ("cubecl-cpu", "cpu", cfg!(feature = "cpu"))] {
+    for (device, feature, built) in [
+        ("cuda", "cuda", cfg!(feature = "cuda")),
+        ("metal", "metal", cfg!(feature = "metal")),
+        ("cubecl-cpu", "cpu", cfg!(feature = "cpu")),
+    ] {
         if built {
             continue;
         }
-        let (code, message) = refused(&["logits", "--model", &testdata("models/llama"), "--tokens", "1", "--device", device]);
+        let (code, message) =
+            refused(&["logits", "--model", &testdata("models/llama"), "--tokens", "1", "--device", device]);
         assert!(code == 2 && message.contains(&format!("rebuild with `--features {feature}`")), "{message}");
     }
 }

@@ -46,7 +46,10 @@ pub struct Args {
 /// When the model or the adapter cannot be loaded, or the prompt does not fit.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
-        return Err(Error::usage(format!("--temperature {}: expected 0 or more", args.temperature), "--temperature 0.7"));
+        return Err(Error::usage(
+            format!("--temperature {}: expected 0 or more", args.temperature),
+            "--temperature 0.7",
+        ));
     }
     if !(args.top_p > 0.0 && args.top_p <= 1.0) {
         return Err(Error::usage(format!("--top-p {}: expected a probability above 0", args.top_p), "--top-p 0.9"));

@@ -19,7 +19,9 @@ use crate::{Context, Error, Result, device, methods};
 
 /// Arguments of `peft inspect`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  peft inspect tiny\n  peft inspect models/SmolLM2-135M.gguf\n  peft inspect my-adapter")]
+#[command(
+    after_help = "Examples:\n  peft inspect tiny\n  peft inspect models/SmolLM2-135M.gguf\n  peft inspect my-adapter"
+)]
 pub struct Args {
     /// A model (Hugging Face directory, .gguf file, hub id, `tiny`) or an adapter's folder
     #[arg(value_name = "PATH")]
@@ -38,7 +40,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 fn adapter(dir: &Path, context: &Context) -> Result<()> {
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let config: Value = serde_json::from_str(&text).map_err(|e| peft_core::Error::format(&path, format!("not JSON: {e}")))?;
+    let config: Value =
+        serde_json::from_str(&text).map_err(|e| peft_core::Error::format(&path, format!("not JSON: {e}")))?;
     let method = peft_type(dir)?;
     let known = methods::of_adapter(dir).is_ok();
     let tensors = read_values(&dir.join(TENSOR_FILE))?;
@@ -55,7 +58,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     for (key, tensor) in &tensors {
         *kinds.entry((short(key), &tensor.shape)).or_default() += 1;
     }
-    let rows = kinds.iter().map(|((name, shape), count)| vec![format!("  {name}"), format!("x {count}"), format!("{shape:?}")]);
+    let rows = kinds
+        .iter()
+        .map(|((name, shape), count)| vec![format!("  {name}"), format!("x {count}"), format!("{shape:?}")]);
     out.line(table(&rows.collect::<Vec<_>>()))?;
     out.json(&json!({
         "kind": "adapter",
@@ -69,10 +74,17 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     }))
 }
 
+/// Entries of a long list that are printed; `--json` has them all.
+const SHOWN: usize = 8;
+
 /// A JSON value as a person writes it.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
+        Value::Array(values) if values.len() > SHOWN => {
+            let first: Vec<String> = values[..SHOWN].iter().map(plain).collect();
+            format!("{}, and {} more", first.join(", "), values.len() - SHOWN)
+        }
         Value::Array(values) => values.iter().map(plain).collect::<Vec<_>>().join(", "),
         other => other.to_string(),
     }
@@ -105,7 +117,12 @@ impl Parts {
                 let config = config.map_err(|e| peft_models::Error::format(&path, format!("not JSON: {e}")))?;
                 let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(&dir)).transpose()?;
                 let chat_template = tokenizer.as_ref().is_some_and(|t| t.chat_template().is_some());
-                Self { config, origin: Origin::Checkpoint(Checkpoint::open(&dir)?), tokenizer: tokenizer.is_some(), chat_template }
+                Self {
+                    config,
+                    origin: Origin::Checkpoint(Checkpoint::open(&dir)?),
+                    tokenizer: tokenizer.is_some(),
+                    chat_template,
+                }
             }
             ModelSource::Gguf(path) => {
                 let gguf = Gguf::open(path)?;
@@ -117,7 +134,12 @@ impl Parts {
                 let pretrained = Pretrained::load(&source, &device::open(&context.device)?)?;
                 let chat_template = pretrained.tokenizer().ok().map(|t| t.chat_template().is_some());
                 let Pretrained { config, origin, .. } = pretrained;
-                Self { config, origin, tokenizer: chat_template.is_some(), chat_template: chat_template.unwrap_or(false) }
+                Self {
+                    config,
+                    origin,
+                    tokenizer: chat_template.is_some(),
+                    chat_template: chat_template.unwrap_or(false),
+                }
             }
         })
     }
@@ -158,19 +180,24 @@ fn model(name: &str, context: &Context) -> Result<()> {
 
     let out = context.output;
     out.field("model", format_args!("{family}, {} parameters, {}", thousands(parameters), bytes(size)))?;
-    out.field("shape", format_args!(
-        "{layers} layers, {} tokens, {} positions, {}",
-        thousands(config.vocab_size()),
-        thousands(config.max_positions()),
-        if is_tied(&config) { "output head tied to the embedding" } else { "output head of its own" }
-    ))?;
+    out.field(
+        "shape",
+        format_args!(
+            "{layers} layers, {} tokens, {} positions, {}",
+            thousands(config.vocab_size()),
+            thousands(config.max_positions()),
+            if is_tied(&config) { "output head tied to the embedding" } else { "output head of its own" }
+        ),
+    )?;
     for (dtype, stored) in &dtypes {
         out.field("stored", format_args!("{dtype}: {} tensors, {}", stored.tensors, bytes(stored.bytes)))?;
     }
     let yes = |is: bool| if is { "yes" } else { "no" };
     out.field("texts", format_args!("tokenizer: {}, chat template: {}", yes(tokenizer), yes(chat_template)))?;
     out.line("adaptable modules (for --targets):")?;
-    let row = |m: &Adaptable| vec![format!("  {}", m.name), format!("x {}", m.count), m.kind.clone(), format!("{} -> {}", m.d_in, m.d_out)];
+    let row = |m: &Adaptable| {
+        vec![format!("  {}", m.name), format!("x {}", m.count), m.kind.clone(), format!("{} -> {}", m.d_in, m.d_out)]
+    };
     out.line(table(&modules.iter().map(row).collect::<Vec<_>>()))?;
     out.json(&json!({
         "kind": "model",

@@ -21,7 +21,7 @@ pub struct Args {
     /// The model that the adapter was trained on
     #[arg(long)]
     model: String,
-    /// Folder with adapter_config.json and adapter_model.safetensors
+    /// Folder with `adapter_config.json` and `adapter_model.safetensors`
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
     /// Where the merged model goes
@@ -46,7 +46,10 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let model = for_adapter(pretrained.model, &args.adapter)?;
     let untied = tied && !is_tied(&model.config());
     if !untied && tied && keys.iter().any(|key| is_inside(key, "transformer.wte")) {
-        let what = format!("{}: the adapter changes the embedding table, which is also the output head of GPT-2", args.adapter.display());
+        let what = format!(
+            "{}: the adapter changes the embedding table, which is also the output head of GPT-2",
+            args.adapter.display()
+        );
         return Err(Error::refused(what, "use the adapter without merging: every command takes --adapter"));
     }
     pretrained.model = method.merge(model, &args.adapter)?;
@@ -93,12 +96,16 @@ fn as_named_in(base: &dyn Weights, tensors: BTreeMap<String, HfTensor>) -> BTree
 }
 
 fn check_out(args: &Args) -> Result<()> {
-    let same = |path: &Path| std::fs::canonicalize(path).ok().is_some_and(|path| std::fs::canonicalize(&args.out).ok() == Some(path));
+    let same = |path: &Path| {
+        std::fs::canonicalize(path).ok().is_some_and(|path| std::fs::canonicalize(&args.out).ok() == Some(path))
+    };
     if same(Path::new(&args.model)) || same(&args.adapter) {
         let what = format!("--out {}: this would overwrite what is to be merged", args.out.display());
         return Err(Error::usage(what, "give another folder"));
     }
-    let taken = ["config.json", "model.safetensors", "model.safetensors.index.json"].iter().find(|name| args.out.join(name).exists());
+    let taken = ["config.json", "model.safetensors", "model.safetensors.index.json"]
+        .iter()
+        .find(|name| args.out.join(name).exists());
     match taken {
         Some(name) if !args.overwrite => {
             let what = format!("--out {}: there is a {name} already", args.out.display());

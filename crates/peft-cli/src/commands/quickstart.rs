@@ -68,7 +68,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let stop = Stop::new(false);
     let autodiff = device.clone().autodiff();
-    let (model, summary) = train(model, &trained, batches, Some(&held_out), &config, &args.out, false, &autodiff, &stop)?;
+    let (model, summary) =
+        train(model, &trained, batches, Some(&held_out), &config, &args.out, false, &autodiff, &stop)?;
     out.field("trained", format_args!("{} steps in {:.0} s", summary.steps, summary.seconds))?;
     if let (Some(before), Some(after)) = (&summary.before, &summary.after) {
         out.field("held out", before_after(before, after))?;
@@ -78,8 +79,14 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     out.line(format_args!("\nafter     {PROMPT}{after}\n"))?;
 
     let dir = quoted(&args.out);
-    out.field("files", format_args!("{dir}: adapter_model.safetensors and adapter_config.json (Hugging Face PEFT's layout), loss.svg"))?;
-    out.field("next", format_args!("peft generate --model tiny --adapter {dir} --prompt \"The whale\" --temperature 0.7"))?;
+    out.field(
+        "files",
+        format_args!("{dir}: adapter_model.safetensors and adapter_config.json (Hugging Face PEFT's layout), loss.svg"),
+    )?;
+    out.field(
+        "next",
+        format_args!("peft generate --model tiny --adapter {dir} --prompt \"The whale\" --temperature 0.7"),
+    )?;
     out.field("", format_args!("peft merge --model tiny --adapter {dir} --out merged"))?;
     out.field("", "peft train --model MODEL --data data.json --targets all-linear --out my-adapter")?;
     out.json(&json!({ "summary": summary, "data": report_json(&report), "sample_before": before, "sample_after": after, "out": args.out }))

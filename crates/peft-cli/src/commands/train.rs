@@ -75,8 +75,18 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let parameters = adapted.trainable();
     let screen = context.output;
     let family = model::architecture(&pretrained.config);
-    screen.field("model", format_args!("{}: {family}, {} parameters, on {name}", pretrained.name, thousands(pretrained.model.trainable().total)))?;
-    screen.field("adapter", format_args!("{} on {} modules: {parameters}", settings.method, scan(&adapted).adapted.len()))?;
+    screen.field(
+        "model",
+        format_args!(
+            "{}: {family}, {} parameters, on {name}",
+            pretrained.name,
+            thousands(pretrained.model.trainable().total)
+        ),
+    )?;
+    screen.field(
+        "adapter",
+        format_args!("{} on {} modules: {parameters}", settings.method, scan(&adapted).adapted.len()),
+    )?;
     screen.field("data", format_args!("{}: {report}", quoted(settings.data()?)))?;
     screen.field("", format_args!("{} samples to train on, {} held out", samples.len(), held_out.len()))?;
 
@@ -87,7 +97,8 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     settings.save(out.dir)?;
     let stop = interrupt::watch()?;
     let trained = method.trained(&pretrained.name);
-    let (_, mut summary) = train(adapted, trained.as_ref(), batches, held_out.as_ref(), &config, out.dir, args.resume, &device, &stop)?;
+    let (_, mut summary) =
+        train(adapted, trained.as_ref(), batches, held_out.as_ref(), &config, out.dir, args.resume, &device, &stop)?;
     // A run that was resumed was first measured by the run before it.
     summary.before = first_evaluation(out.dir)?.or(summary.before);
     tell(&summary, &pretrained, &data, &settings, screen)?;
@@ -108,7 +119,11 @@ impl Place<'_> {
         let checkpoints = self.checkpoints()?;
         if self.resume {
             let what = || format!("--resume: {} holds no checkpoint", self.dir.display());
-            return if checkpoints.is_empty() { Err(Error::usage(what(), "leave --resume out to begin again")) } else { Ok(()) };
+            return if checkpoints.is_empty() {
+                Err(Error::usage(what(), "leave --resume out to begin again"))
+            } else {
+                Ok(())
+            };
         }
         let adapter = [CONFIG_FILE, TENSOR_FILE].iter().any(|name| self.dir.join(name).exists());
         if (adapter || !checkpoints.is_empty()) && !self.overwrite {
@@ -137,7 +152,8 @@ impl Place<'_> {
             Err(e) => return Err(Error::io(self.dir)(e)),
         };
         let paths: std::io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
-        let named = |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("checkpoint-"));
+        let named =
+            |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("checkpoint-"));
         Ok(paths.map_err(Error::io(self.dir))?.into_iter().filter(named).collect())
     }
 }
@@ -208,22 +224,31 @@ fn tell(summary: &Summary, pretrained: &Pretrained, data: &Data, settings: &Sett
     let (dir, steps) = (settings.out()?, summary.steps);
     let out = quoted(dir);
     let took = format!("step {steps}, {:.1} s", summary.seconds);
-    screen.field("training", match summary.outcome {
-        Outcome::Finished => format!("finished at {took}"),
-        Outcome::Stopped => format!("ended at {took}: the held-out loss no longer falls"),
-        Outcome::Interrupted => format!("interrupted at {took}; a checkpoint is saved"),
-    })?;
+    screen.field(
+        "training",
+        match summary.outcome {
+            Outcome::Finished => format!("finished at {took}"),
+            Outcome::Stopped => format!("ended at {took}: the held-out loss no longer falls"),
+            Outcome::Interrupted => format!("interrupted at {took}; a checkpoint is saved"),
+        },
+    )?;
     match (&summary.before, &summary.after) {
-        (Some(before), Some(after)) => screen.field("held out", format_args!("{} (step {})", before_after(before, after), summary.kept_step))?,
+        (Some(before), Some(after)) => {
+            screen.field("held out", format_args!("{} (step {})", before_after(before, after), summary.kept_step))?;
+        }
         (Some(before), None) => screen.field("held out", format_args!("before training {}", evaluation(before)))?,
         _ => {}
     }
-    screen.field("files", format_args!("{out}: {TENSOR_FILE}, {CONFIG_FILE}, metrics.jsonl, loss.svg, {FILE}, checkpoint-{steps}/"))?;
+    screen.field(
+        "files",
+        format_args!("{out}: {TENSOR_FILE}, {CONFIG_FILE}, metrics.jsonl, loss.svg, {FILE}, checkpoint-{steps}/"),
+    )?;
     if summary.outcome == Outcome::Interrupted {
         return screen.field("resume", format_args!("peft train --out {out} --resume"));
     }
     let model = quoted(&pretrained.name);
-    let prompt = if data.is_chat() && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
+    let prompt =
+        if data.is_chat() && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
     screen.field("next", format_args!("peft generate --model {model} --adapter {out} {prompt} \"…\""))?;
     screen.field("", format_args!("peft merge --model {model} --adapter {out} --out merged"))
 }
