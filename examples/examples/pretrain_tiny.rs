@@ -11,15 +11,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use burn::tensor::Device;
+use peft::models::CausalLm;
 use peft::models::config::ModelConfig;
 use peft::models::export::save_model;
 use peft::models::tokenizer::{SpecialTokens, Tokenizer};
-use peft::models::CausalLm;
 use peft::train::data::{BatchOptions, Batches, EncodeOptions, Row, encode, split};
 use peft::train::{Schedule, TrainConfig, WholeModel, train};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder,
+};
 
 const VOCAB: usize = 2048;
 const END: &str = "<|end|>";
@@ -95,13 +97,14 @@ fn tokenizer(texts: &[String]) -> Result<Tokenizer, Box<dyn Error>> {
         .initial_alphabet(alphabet.into_iter().collect())
         .build();
     let bytes = || ByteLevel::default().add_prefix_space(false);
-    let mut inner = TokenizerBuilder::<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>::new()
-        .with_model(BPE::default())
-        .with_pre_tokenizer(Some(bytes().into()))
-        .with_post_processor(Some(bytes().into()))
-        .with_decoder(Some(bytes().into()))
-        .build()
-        .map_err(boxed)?;
+    let mut inner =
+        TokenizerBuilder::<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>::new()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(bytes().into()))
+            .with_post_processor(Some(bytes().into()))
+            .with_decoder(Some(bytes().into()))
+            .build()
+            .map_err(boxed)?;
     inner.train(&mut trainer, texts.iter()).map_err(boxed)?;
     let json = inner.to_string(false).map_err(boxed)?;
     let inner = tokenizers::Tokenizer::from_bytes(json).map_err(boxed)?;

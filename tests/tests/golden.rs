@@ -46,7 +46,11 @@ fn logits(model: &CausalLm, path: &Path) -> Vec<f32> {
 
 fn deviation(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
-    found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
+    found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
 }
 
 #[test]
@@ -104,13 +108,13 @@ fn adapters_of_peft_give_its_logits_and_merge() {
         let dir = testdata().join(&case.path);
         let golden = dir.join("logits.safetensors");
         let named = format!("{}/{}", case.base, case.variant);
-        let load = |base: CausalLm| {
-            load_adapter::<_, LoraConfig>(base, &dir).unwrap_or_else(|e| panic!("{named}: {e}"))
-        };
+        let load =
+            |base: CausalLm| load_adapter::<_, LoraConfig>(base, &dir).unwrap_or_else(|e| panic!("{named}: {e}"));
         let (adapted, method) = load(model(&case.base));
         let found = deviation(&logits(&adapted, &golden), &floats(&golden, "logits"));
         assert!(found < BOUND, "{named}: {found}");
-        let merged = if case.merge_exact { merge(adapted, &method) } else { merge(load(model(&case.base).untied()).0, &method) };
+        let merged =
+            if case.merge_exact { merge(adapted, &method) } else { merge(load(model(&case.base).untied()).0, &method) };
         // Where head and embedding are one table, PEFT merges into both; the merged model that equals the adapted one has two tables.
         let expected = if case.merge_exact { "logits_merged" } else { "logits" };
         let found = deviation(&logits(&merged.unwrap(), &golden), &floats(&golden, expected));
@@ -186,7 +190,9 @@ fn combinations_are_exact() {
     let delta = dir.join("delta.safetensors");
     let bytes = std::fs::read(&delta).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
-    for (how, bound) in [(Combination::Cat, 1e-6), (Combination::Svd { rank: 8 }, 1e-6), (Combination::Svd { rank: 64 }, 1e-6)] {
+    for (how, bound) in
+        [(Combination::Cat, 1e-6), (Combination::Svd { rank: 8 }, 1e-6), (Combination::Svd { rank: 64 }, 1e-6)]
+    {
         let combined = combine(&adapters, how).unwrap();
         for name in expected.names() {
             let found = dense(&combined, name);
@@ -225,7 +231,8 @@ fn dense(file: &AdapterFile<LoraConfig>, module: &str) -> Vec<f32> {
     let mut out = vec![0.0; d_out * d_in];
     for o in 0..d_out {
         for i in 0..d_in {
-            let sum: f64 = (0..rank).map(|r| f64::from(b.values[o * rank + r]) * f64::from(a.values[r * d_in + i])).sum();
+            let sum: f64 =
+                (0..rank).map(|r| f64::from(b.values[o * rank + r]) * f64::from(a.values[r * d_in + i])).sum();
             out[o * d_in + i] = (scale * sum) as f32;
         }
     }

@@ -96,7 +96,8 @@ fn a_config_that_lies_is_refused() {
         let mut json = original.clone();
         json[field] = value;
         std::fs::write(&path, json.to_string()).unwrap();
-        let error = Pretrained::load(&ModelSource::Dir(dir.path().to_owned()), &Device::flex()).unwrap_err().to_string();
+        let error =
+            Pretrained::load(&ModelSource::Dir(dir.path().to_owned()), &Device::flex()).unwrap_err().to_string();
         assert!(error.contains(expected), "{field}: {error}");
     }
 }

@@ -21,7 +21,8 @@ fn base() -> CausalLm {
 /// Sequences that a bigram rule makes, of different lengths, with an unlearnt prompt.
 fn samples(count: usize) -> Vec<Sample> {
     let sample = |i: usize| {
-        let ids: Vec<u32> = (0..5 + i % 7).scan(i as u32 % 90, |id, _| Some(std::mem::replace(id, (*id * 5 + 3) % 96))).collect();
+        let ids: Vec<u32> =
+            (0..5 + i % 7).scan(i as u32 % 90, |id, _| Some(std::mem::replace(id, (*id * 5 + 3) % 96))).collect();
         let mask = (0..ids.len()).map(|t| t >= 2).collect();
         Sample::new(ids, mask).unwrap()
     };
@@ -37,7 +38,14 @@ fn lora() -> LoraConfig {
 }
 
 fn settings() -> TrainConfig {
-    TrainConfig { steps: 12, learning_rate: 1e-2, accumulate: 2, eval_every: 4, save_every: 4, ..TrainConfig::default() }
+    TrainConfig {
+        steps: 12,
+        learning_rate: 1e-2,
+        accumulate: 2,
+        eval_every: 4,
+        save_every: 4,
+        ..TrainConfig::default()
+    }
 }
 
 /// Burn's generator is one per process, and dropout draws from it: runs in parallel would take each other's numbers.
@@ -50,7 +58,8 @@ fn run(dir: &Path, config: &TrainConfig, resume: bool, stop: bool) -> Result<Sum
     let device = Device::flex().autodiff();
     let held_out = batches(None);
     let stop = AtomicBool::new(stop);
-    train(model, &trained, batches(None), Some(&held_out), config, dir, resume, &device, &stop).map(|(_, summary)| summary)
+    train(model, &trained, batches(None), Some(&held_out), config, dir, resume, &device, &stop)
+        .map(|(_, summary)| summary)
 }
 
 #[test]
@@ -60,11 +69,14 @@ fn the_loss_falls_and_everything_is_written() {
     let (before, after) = (summary.before.unwrap(), summary.after.unwrap());
     assert!(after.loss < 0.9 * before.loss, "{} {}", before.loss, after.loss);
     assert_eq!(summary.outcome, Outcome::Finished);
-    for file in ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.svg", "best/adapter_config.json"] {
+    for file in
+        ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.svg", "best/adapter_config.json"]
+    {
         assert!(dir.path().join(file).exists(), "{file}");
     }
     let checkpoints = std::fs::read_dir(dir.path()).unwrap();
-    let checkpoints = checkpoints.filter(|e| e.as_ref().unwrap().file_name().to_str().unwrap().starts_with("checkpoint-"));
+    let checkpoints =
+        checkpoints.filter(|e| e.as_ref().unwrap().file_name().to_str().unwrap().starts_with("checkpoint-"));
     assert_eq!(checkpoints.count(), 2, "the two newest are kept");
 }
 
@@ -112,7 +124,14 @@ fn divergence_names_the_step_and_keeps_the_checkpoint() {
 fn early_stop_keeps_the_best() {
     let dir = tempfile::tempdir().unwrap();
     // A rate so high that the held-out loss soon rises.
-    let config = TrainConfig { steps: 60, learning_rate: 0.5, eval_every: 1, patience: 3, schedule: Schedule::Constant, ..settings() };
+    let config = TrainConfig {
+        steps: 60,
+        learning_rate: 0.5,
+        eval_every: 1,
+        patience: 3,
+        schedule: Schedule::Constant,
+        ..settings()
+    };
     let summary = run(dir.path(), &config, false, false).unwrap();
     assert_eq!(summary.outcome, Outcome::Stopped);
     assert!(summary.kept_step + 3 == summary.steps, "{summary:?}");

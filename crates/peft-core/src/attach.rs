@@ -116,7 +116,10 @@ fn trained_base<T: Module, M: Method>(module: &T, method: &M, sites: &[&Site]) -
         .iter()
         .filter(|name| {
             let named = |path: &str| path.ends_with(name.as_str());
-            !visitor.params.iter().any(|(_, module, _)| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
+            !visitor
+                .params
+                .iter()
+                .any(|(_, module, _)| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
         })
         .map(|name| Problem::NoMatch {
             targets: format!("modules_to_save \"{name}\""),
@@ -164,7 +167,11 @@ struct Attacher<A> {
 impl<A: burn::module::Reparameterization> Reparameterizer for Attacher<A> {
     type Reparam = A;
 
-    fn reparameterize<const D: usize>(&mut self, _path: &str, param: Param<Tensor<D>>) -> (Param<Tensor<D>>, Option<A>) {
+    fn reparameterize<const D: usize>(
+        &mut self,
+        _path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<A>) {
         let adapter = self.adapters.remove(&param.id);
         let trained = self.trained.contains(&param.id);
         (param.set_require_grad(trained), adapter)

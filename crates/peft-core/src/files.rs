@@ -100,7 +100,8 @@ impl<M: Method> AdapterFile<M> {
     /// # Errors
     /// When the device fails to hand out a tensor, or there is no adapter of this method.
     pub fn collect<T: Module>(module: &T, method: &M) -> Result<Self> {
-        let mut collector = Collector { keys: Keys::<M>::new(module, method)?, tensors: BTreeMap::new(), problems: Vec::new() };
+        let mut collector =
+            Collector { keys: Keys::<M>::new(module, method)?, tensors: BTreeMap::new(), problems: Vec::new() };
         if collector.keys.adapted.is_empty() {
             let path = "model".to_owned();
             collector.problems.push(Problem::Other { path, what: "carries no adapter".to_owned() });
@@ -146,7 +147,8 @@ impl<M: Method> AdapterFile<M> {
         let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
         let method: M = serde_json::from_value(Value::Object(json)).map_err(|e| Error::format(&path, e.to_string()))?;
         method.check()?;
-        let strip = |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
+        let strip =
+            |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
         let tensors = read_values(&dir.join(TENSOR_FILE))?.into_iter().map(strip).collect();
         Ok(Self { method, base_model, task_type, tensors })
     }
@@ -235,13 +237,17 @@ pub fn write_values<'a>(tensors: impl IntoIterator<Item = (String, &'a Values)>,
 pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     // The parser checks the header's length, every offset and every shape against the bytes that are there.
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, format!("not a safetensors file: {e}")))?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, format!("not a safetensors file: {e}")))?;
     let mut tensors = BTreeMap::new();
     for (key, view) in file.tensors() {
         let values = decode(view.dtype(), view.data())
             .ok_or_else(|| Error::format(path, format!("{key}: expected a float type, found {:?}", view.dtype())))?;
         if values.iter().any(|v| !v.is_finite()) {
-            return Err(Error::format(path, format!("{key}: holds a value that is not finite; the training that wrote it diverged")));
+            return Err(Error::format(
+                path,
+                format!("{key}: holds a value that is not finite; the training that wrote it diverged"),
+            ));
         }
         tensors.insert(key, Values { shape: view.shape().to_vec(), values });
     }
@@ -295,7 +301,12 @@ struct Key {
 impl<M: Method> Keys<M> {
     fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
         let adapted = scan(module).adapted.iter().map(|p| p.strip_suffix(".weight").unwrap_or(p).to_owned()).collect();
-        Ok(Self { stack: PathStack::default(), matcher: method.targets().matcher()?, adapted, method: std::marker::PhantomData })
+        Ok(Self {
+            stack: PathStack::default(),
+            matcher: method.targets().matcher()?,
+            adapted,
+            method: std::marker::PhantomData,
+        })
     }
 
     /// The key of the parameter that is being visited; `Err` when the method forgot to list one of its fields.
@@ -304,7 +315,9 @@ impl<M: Method> Keys<M> {
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
         let listed = location.kind.map(M::tensors).unwrap_or_default().iter().find(|t| t.field == field);
         match listed {
-            Some(t) => Ok(Key { name: format!("{}.{}", location.module, t.key), transposed: t.transposed, required: true }),
+            Some(t) => {
+                Ok(Key { name: format!("{}.{}", location.module, t.key), transposed: t.transposed, required: true })
+            }
             None => Err(Problem::Other {
                 path: self.stack.path(),
                 what: format!("{} does not list this field in `Method::tensors`", M::PEFT_TYPE),

@@ -27,7 +27,8 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
         if site.has_bias {
             biases.insert(path.clone(), delta);
         } else {
-            let what = "the adapter adds a bias, and the layer has none to merge it into; keep the adapter separate".to_owned();
+            let what = "the adapter adds a bias, and the layer has none to merge it into; keep the adapter separate"
+                .to_owned();
             problems.push(Problem::Other { path: path.clone(), what });
         }
     }

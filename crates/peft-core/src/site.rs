@@ -39,7 +39,8 @@ impl Site {
     /// device, whatever else is adapted.
     pub fn rng(&self, seed: u64) -> ChaCha8Rng {
         // FNV-1a over the path: stable across versions and machines, which `std`'s hasher does not promise.
-        let hash = self.path.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let hash =
+            self.path.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
         ChaCha8Rng::seed_from_u64(seed ^ hash)
     }
 
@@ -156,7 +157,9 @@ pub fn scan<M: Module>(module: &M) -> Scan {
     for site in &mut scan.sites {
         site.has_bias = biased.contains(&site.path);
         site.aware = aware.iter().any(|prefix| {
-            prefix.is_empty() || site.path == *prefix || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+            prefix.is_empty()
+                || site.path == *prefix
+                || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
         });
     }
     scan

@@ -119,7 +119,11 @@ fn keys(embedding: bool) -> [&'static str; 2] {
 fn sum(module: &str, parts: &[Factors], how: Combination) -> Result<(DMatrix<f64>, DMatrix<f64>)> {
     let (d_in, d_out) = (parts[0].a.ncols(), parts[0].b.nrows());
     if let Some(other) = parts.iter().find(|p| (p.a.ncols(), p.b.nrows()) != (d_in, d_out)) {
-        return Err(Error::config(module, format!("{d_out} x {d_in}"), format!("{} x {}", other.b.nrows(), other.a.ncols())));
+        return Err(Error::config(
+            module,
+            format!("{d_out} x {d_in}"),
+            format!("{} x {}", other.b.nrows(), other.a.ncols()),
+        ));
     }
     match how {
         Combination::Cat => Ok(cat(parts)),

@@ -11,9 +11,7 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
-use peft_core::{
-    Activation, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
-};
+use peft_core::{Activation, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value};
 use serde::{Deserialize, Serialize};
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
@@ -91,7 +89,9 @@ impl<'de> Deserialize<'de> for InitWeights {
             serde_json::Value::Bool(true) => Ok(Self::Kaiming),
             serde_json::Value::Bool(false) => Ok(Self::Random),
             serde_json::Value::String(s) if s == "gaussian" => Ok(Self::Gaussian),
-            other => Err(serde::de::Error::custom(format!("init_lora_weights: expected true, false or \"gaussian\", found {other}"))),
+            other => Err(serde::de::Error::custom(format!(
+                "init_lora_weights: expected true, false or \"gaussian\", found {other}"
+            ))),
         }
     }
 }
@@ -212,7 +212,9 @@ impl Method for LoraConfig {
         let (a, b) = ([site.d_in, rank], [rank, site.d_out]);
         let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
         let (a, b) = match (site.kind, self.init_lora_weights) {
-            (LayerKind::Embedding, InitWeights::Random) => (site.normal(a, 1.0, &mut rng), site.normal(b, 1.0, &mut rng)),
+            (LayerKind::Embedding, InitWeights::Random) => {
+                (site.normal(a, 1.0, &mut rng), site.normal(b, 1.0, &mut rng))
+            }
             (LayerKind::Embedding, _) => (site.zeros(a), site.normal(b, 1.0, &mut rng)),
             (_, InitWeights::Kaiming) => (site.uniform(a, bound(site.d_in), &mut rng), site.zeros(b)),
             (_, InitWeights::Gaussian) => (site.normal(a, 1.0 / rank as f32, &mut rng), site.zeros(b)),
@@ -223,7 +225,11 @@ impl Method for LoraConfig {
         let bias = match (self.lora_bias, self.init_lora_weights) {
             (false, _) => None,
             (true, _) if site.kind == LayerKind::Embedding => {
-                return Err(Error::config("lora_bias", format!("false: {} is an embedding, which has no bias", site.path), true));
+                return Err(Error::config(
+                    "lora_bias",
+                    format!("false: {} is an embedding, which has no bias", site.path),
+                    true,
+                ));
             }
             (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)),
             (true, _) => Some(site.zeros([site.d_out])),
@@ -238,10 +244,12 @@ impl Method for LoraConfig {
         }
         match kind {
             LayerKind::Embedding => &const { [tensor("a", "lora_embedding_A"), tensor("b", "lora_embedding_B")] },
-            LayerKind::Linear | LayerKind::Conv1D => &const {
-                let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
-                [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias]
-            },
+            LayerKind::Linear | LayerKind::Conv1D => {
+                &const {
+                    let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
+                    [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias]
+                }
+            }
         }
     }
 
@@ -267,8 +275,18 @@ impl Method for LoraConfig {
     fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
         // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
         const NOT_BUILT: [&str; 12] = [
-            "use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
-            "monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices", "megatron_config",
+            "use_dora",
+            "use_qalora",
+            "use_bdlora",
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "velora_config",
+            "monteclora_config",
+            "layer_replication",
+            "target_parameters",
+            "trainable_token_indices",
+            "megatron_config",
         ];
         for field in NOT_BUILT {
             let asked = json.get(field).is_some_and(|v| match v {

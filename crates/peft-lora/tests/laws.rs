@@ -30,7 +30,10 @@ fn gaussian_init() {
 
 #[test]
 fn random_init() {
-    hold(&laws(lora().with_init(InitWeights::Random)).skip("identity", "init_lora_weights is false: both factors are random"));
+    hold(
+        &laws(lora().with_init(InitWeights::Random))
+            .skip("identity", "init_lora_weights is false: both factors are random"),
+    );
 }
 
 #[test]
@@ -64,6 +67,7 @@ fn a_false_statement_is_found() {
     let wrong = Laws::new(lora(), |_, site| site.d_in, ("lora_alpha", 1.0.into()))
         .with_reference(|_, layer| layer.base(&layer.x))
         .skip("identiti", "a misspelt name");
-    let failed: Vec<_> = wrong.run(&Device::flex()).into_iter().filter(|check| check.failed()).map(|check| check.name).collect();
+    let failed: Vec<_> =
+        wrong.run(&Device::flex()).into_iter().filter(|check| check.failed()).map(|check| check.name).collect();
     assert_eq!(failed, ["identiti", "file", "bad_value", "reference"]);
 }

@@ -70,13 +70,7 @@ impl Pass {
         let (left, right) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
         let dtype = left.dtype();
         let (cos, sin) = (self.cos.clone().cast(dtype), self.sin.clone().cast(dtype));
-        Tensor::cat(
-            vec![
-                left.clone() * cos.clone() - right.clone() * sin.clone(),
-                right * cos + left * sin,
-            ],
-            3,
-        )
+        Tensor::cat(vec![left.clone() * cos.clone() - right.clone() * sin.clone(), right * cos + left * sin], 3)
     }
 
     fn mask(&self, window: Option<usize>) -> Option<Tensor<4, Bool>> {
@@ -93,7 +87,12 @@ impl Rope {
                 match self.scaling {
                     RopeScaling::Default => frequency,
                     RopeScaling::Linear { factor } => frequency / factor,
-                    RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_max_position_embeddings,
+                    } => {
                         let turns = original_max_position_embeddings * frequency / std::f64::consts::TAU;
                         let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                         kept * frequency + (1.0 - kept) * frequency / factor
@@ -105,7 +104,13 @@ impl Rope {
 }
 
 /// `[1 or batch, 1, seq, past + seq]`, true where a token must not look; `None` when every token may look at everything.
-fn mask(layout: Layout<'_>, past: usize, seq: usize, window: Option<usize>, device: &Device) -> Option<Tensor<4, Bool>> {
+fn mask(
+    layout: Layout<'_>,
+    past: usize,
+    seq: usize,
+    window: Option<usize>,
+    device: &Device,
+) -> Option<Tensor<4, Bool>> {
     let total = past + seq;
     let hidden = |i: usize, j: usize| j > i + past || window.is_some_and(|w| i + past >= w + j);
     let (rows, values): (usize, Vec<bool>) = match layout {
@@ -113,7 +118,10 @@ fn mask(layout: Layout<'_>, past: usize, seq: usize, window: Option<usize>, devi
         Layout::Rows => (1, (0..seq).flat_map(|i| (0..total).map(move |j| hidden(i, j))).collect()),
         Layout::Packed { segments, .. } => (
             segments.len(),
-            segments.iter().flat_map(|s| (0..seq).flat_map(move |i| (0..seq).map(move |j| hidden(i, j) || s[i] != s[j]))).collect(),
+            segments
+                .iter()
+                .flat_map(|s| (0..seq).flat_map(move |i| (0..seq).map(move |j| hidden(i, j) || s[i] != s[j])))
+                .collect(),
         ),
     };
     Some(Tensor::from_data(TensorData::new(values, [rows, 1, seq, total]), device))

@@ -6,8 +6,8 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use peft_core::files::decode;
-use safetensors::tensor::Metadata;
 use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 
 use crate::weights::{TensorInfo, Weights};
 use crate::{Error, Result};
@@ -163,7 +163,8 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::format(dir, what));
     }
     let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
-    let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::format(&index, format!("not JSON: {e}")))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::format(&index, format!("not JSON: {e}")))?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| Error::format(&index, "no `weight_map` object"))?;
     let mut names: Vec<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
@@ -178,10 +179,14 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
 
 fn header(path: &Path, mut file: impl Read, length: u64) -> Result<(Metadata, u64)> {
     let mut prefix = [0; 8];
-    file.read_exact(&mut prefix).map_err(|_| Error::format(path, format!("{length} bytes are too few for a safetensors file")))?;
+    file.read_exact(&mut prefix)
+        .map_err(|_| Error::format(path, format!("{length} bytes are too few for a safetensors file")))?;
     let header = u64::from_le_bytes(prefix);
     if header > LARGEST_HEADER || header > length - 8 {
-        return Err(Error::format(path, format!("its header claims {header} bytes, the file has {length}; is it cut short?")));
+        return Err(Error::format(
+            path,
+            format!("its header claims {header} bytes, the file has {length}; is it cut short?"),
+        ));
     }
     let mut bytes = vec![0; header as usize];
     file.read_exact(&mut bytes).map_err(Error::io(path))?;

@@ -117,7 +117,8 @@ impl ModelConfig {
             "gpt2" => Ok(Self::Gpt2(fields.gpt2()?)),
             other => Err(Error::Unsupported {
                 what: format!("model_type \"{other}\" in {}", path.display()),
-                hint: "llama, mistral, qwen2, qwen3 and gpt2 are; any other Burn model can be adapted from Rust".to_owned(),
+                hint: "llama, mistral, qwen2, qwen3 and gpt2 are; any other Burn model can be adapted from Rust"
+                    .to_owned(),
             }),
         }
     }
@@ -168,7 +169,8 @@ impl<'a> Fields<'a> {
     }
 
     fn count_or(&self, name: &str, default: usize) -> Result<usize> {
-        let in_range = |v: &Value| v.as_u64().filter(|n| (1..=LARGEST).contains(n)).and_then(|n| usize::try_from(n).ok());
+        let in_range =
+            |v: &Value| v.as_u64().filter(|n| (1..=LARGEST).contains(n)).and_then(|n| usize::try_from(n).ok());
         let parse = |v: &Value| in_range(v).ok_or_else(|| self.wrong(name, "a positive whole number", Some(v)));
         self.get(name).map_or(Ok(default), parse)
     }
@@ -194,10 +196,18 @@ impl<'a> Fields<'a> {
         let kv_heads = self.count_or("num_key_value_heads", heads)?;
         let head_dim = self.count_or("head_dim", hidden_size / heads)?;
         if heads % kv_heads != 0 {
-            return Err(self.wrong("num_key_value_heads", &format!("a divisor of {heads}"), self.get("num_key_value_heads")));
+            return Err(self.wrong(
+                "num_key_value_heads",
+                &format!("a divisor of {heads}"),
+                self.get("num_key_value_heads"),
+            ));
         }
         if head_dim % 2 != 0 || head_dim == 0 {
-            return Err(self.wrong("head_dim", "an even number, as the rotary embedding turns pairs", self.get("head_dim")));
+            return Err(self.wrong(
+                "head_dim",
+                "an even number, as the rotary embedding turns pairs",
+                self.get("head_dim"),
+            ));
         }
         match self.text("hidden_act")?.unwrap_or("silu") {
             "silu" | "swish" => {}
@@ -229,7 +239,9 @@ impl<'a> Fields<'a> {
     fn sliding_window(&self, model_type: &str, layers: usize) -> Result<Vec<Option<usize>>> {
         let window = match model_type {
             "mistral" => self.get("sliding_window").map(|_| self.count("sliding_window")).transpose()?,
-            "qwen2" | "qwen3" if self.flag("use_sliding_window", false)? => Some(self.count_or("sliding_window", 4096)?),
+            "qwen2" | "qwen3" if self.flag("use_sliding_window", false)? => {
+                Some(self.count_or("sliding_window", 4096)?)
+            }
             _ => None,
         };
         // Qwen's first `max_window_layers` blocks see everything; `transformers` 5 spells each block out.

@@ -18,7 +18,13 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// When the file system or the device refuses.
-pub fn save_model<M: Module>(module: &M, config: &Value, tokenizer: Option<&Tokenizer>, dtype: Dtype, dir: &Path) -> Result<()> {
+pub fn save_model<M: Module>(
+    module: &M,
+    config: &Value,
+    tokenizer: Option<&Tokenizer>,
+    dtype: Dtype,
+    dir: &Path,
+) -> Result<()> {
     let tensors = export_weights(module, |_| true)?;
     let tensors = tensors.into_iter().map(|(name, t)| to_raw(name, dtype, t, dir)).collect::<Result<_>>()?;
     save_shard(dir, "model.safetensors", tensors)?;
@@ -46,7 +52,10 @@ pub fn rewrite(
             tensors.push(match replaced.remove(&info.name) {
                 Some(new) if new.shape == info.shape => to_raw(info.name.clone(), dtype, new, dir)?,
                 Some(new) => {
-                    return Err(Error::format(dir, format!("{}: expected shape {:?}, found {:?}", info.name, info.shape, new.shape)));
+                    return Err(Error::format(
+                        dir,
+                        format!("{}: expected shape {:?}, found {:?}", info.name, info.shape, new.shape),
+                    ));
                 }
                 None => Raw { name: info.name.clone(), dtype, shape: info.shape.clone(), bytes: base.bytes(info)? },
             });
@@ -77,7 +86,8 @@ struct Raw {
 
 fn to_raw(name: String, dtype: Dtype, tensor: HfTensor, dir: &Path) -> Result<Raw> {
     let bytes = encode(dtype, &tensor.values);
-    let bytes = bytes.ok_or_else(|| Error::format(dir, format!("{name}: {dtype:?} is not a type that a float can be rounded to")))?;
+    let bytes = bytes
+        .ok_or_else(|| Error::format(dir, format!("{name}: {dtype:?} is not a type that a float can be rounded to")))?;
     if dtype == Dtype::F16 && tensor.values.iter().any(|v| v.abs() > half::f16::MAX.to_f32()) {
         return Err(Error::format(dir, format!("{name}: a value is out of the range of F16")));
     }

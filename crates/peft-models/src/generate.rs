@@ -90,7 +90,8 @@ fn choose(logits: &[f32], sampling: Sampling, rng: &mut ChaCha8Rng) -> u32 {
         order.truncate(sampling.top_k);
     }
     let highest = order.first().map_or(0.0, logit);
-    let mut weights: Vec<f64> = order.iter().map(|id| (f64::from(logit(id) - highest) / sampling.temperature).exp()).collect();
+    let mut weights: Vec<f64> =
+        order.iter().map(|id| (f64::from(logit(id) - highest) / sampling.temperature).exp()).collect();
     let total: f64 = weights.iter().sum();
     let mut reached = 0.0;
     let kept = weights

@@ -112,12 +112,19 @@ impl Gpt2 {
         let model = &self.transformer;
         let [_, seq] = ids.dims();
         let past = cache.as_ref().map_or(0, |c| c.len());
-        assert!(past + seq <= self.config.n_positions, "{} tokens, but {} positions", past + seq, self.config.n_positions);
+        assert!(
+            past + seq <= self.config.n_positions,
+            "{} tokens, but {} positions",
+            past + seq,
+            self.config.n_positions
+        );
         let device = ids.device();
         let pass = Pass::new(layout, past, seq, None, &[None], &device);
         let (rows, positions): (usize, Vec<i64>) = match layout {
             Layout::Rows => (1, (past..past + seq).map(|p| p as i64).collect()),
-            Layout::Packed { positions, .. } => (positions.len(), positions.iter().flatten().map(|p| i64::from(*p)).collect()),
+            Layout::Packed { positions, .. } => {
+                (positions.len(), positions.iter().flatten().map(|p| i64::from(*p)).collect())
+            }
         };
         let positions = Tensor::<2, Int>::from_data(TensorData::new(positions, [rows, seq]), &device);
         let mut x = embedding(&model.wte, ids) + embedding(&model.wpe, positions);

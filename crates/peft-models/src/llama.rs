@@ -84,7 +84,9 @@ impl LlamaConfig {
         };
         Llama {
             model: LlamaModel {
-                embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden).with_initializer(initializer.clone()).init(device),
+                embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden)
+                    .with_initializer(initializer.clone())
+                    .init(device),
                 layers: (0..self.num_hidden_layers).map(|_| layer()).collect(),
                 norm: norm(hidden),
             },

@@ -17,7 +17,8 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Weights`] with every missing, unknown and misshapen tensor; or the first that cannot be read.
 pub fn load_weights<M: Module>(module: M, weights: &dyn Weights, ignored: impl Fn(&str) -> bool) -> Result<M> {
-    let mut loader = Loader { stack: PathStack::default(), weights, used: BTreeSet::new(), problems: Vec::new(), failed: None };
+    let mut loader =
+        Loader { stack: PathStack::default(), weights, used: BTreeSet::new(), problems: Vec::new(), failed: None };
     let module = module.map(&mut loader);
     let Loader { used, mut problems, failed, .. } = loader;
     if let Some(error) = failed {
@@ -131,7 +132,9 @@ impl<F: Fn(&str) -> bool> ModuleVisitor for Exporter<F> {
                 };
                 self.tensors.insert(hf.name, tensor);
             }
-            Err(e) => self.failed = Some(Error::format(hf.name, format!("the device could not hand out the tensor: {e:?}"))),
+            Err(e) => {
+                self.failed = Some(Error::format(hf.name, format!("the device could not hand out the tensor: {e:?}")))
+            }
         }
     }
 }

@@ -94,10 +94,12 @@ impl Pretrained {
     pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
         let parts = Parts::open(source)?;
         let config = ModelConfig::from_json(&parts.config, parts.origin.weights().path())?;
-        let tied = matches!(&config, ModelConfig::Gpt2(_)) || matches!(&config, ModelConfig::Llama(c) if c.tie_word_embeddings);
+        let tied = matches!(&config, ModelConfig::Gpt2(_))
+            || matches!(&config, ModelConfig::Llama(c) if c.tie_word_embeddings);
         // Buffers that `transformers` computes itself, and the second name of a tied head.
         let ignored = |name: &str| {
-            let buffer = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+            let buffer =
+                [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
             buffer || (tied && name == "lm_head.weight")
         };
         let model = load_weights(CausalLm::new(&config, device), parts.origin.weights(), ignored)?;
@@ -109,7 +111,8 @@ impl Pretrained {
     /// # Errors
     /// When the source has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        let missing = || Error::format(&self.name, "no tokenizer.json here; only token ids can be used with this model");
+        let missing =
+            || Error::format(&self.name, "no tokenizer.json here; only token ids can be used with this model");
         self.tokenizer.as_ref().ok_or_else(missing)
     }
 }
@@ -137,7 +140,12 @@ impl Parts {
             }
             ModelSource::Tiny => {
                 let (config, checkpoint, tokenizer) = tiny::parts()?;
-                Ok(Self { config, origin: Origin::Checkpoint(checkpoint), tokenizer: Some(tokenizer), name: "tiny".to_owned() })
+                Ok(Self {
+                    config,
+                    origin: Origin::Checkpoint(checkpoint),
+                    tokenizer: Some(tokenizer),
+                    name: "tiny".to_owned(),
+                })
             }
         }
     }

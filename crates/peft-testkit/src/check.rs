@@ -95,7 +95,8 @@ pub fn table(checks: &[Check]) -> String {
             Status::Skip => "skip",
         };
         let (deviation, bound) = (number(check.deviation), number(check.bound));
-        format!("{:width$}  {status:4}  {deviation:>8}  {bound:>8}  {}", check.name, check.note).trim_end().to_owned() + "\n"
+        format!("{:width$}  {status:4}  {deviation:>8}  {bound:>8}  {}", check.name, check.note).trim_end().to_owned()
+            + "\n"
     };
     checks.iter().map(line).collect()
 }

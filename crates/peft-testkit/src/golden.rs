@@ -35,7 +35,8 @@ impl Golden {
         let tokens = ids.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
         let logits = file.tensor("logits").map_err(format)?;
         let values = decode(logits.dtype(), logits.data());
-        let values = values.ok_or_else(|| Error::format(path, format!("logits: expected floats, found {:?}", logits.dtype())))?;
+        let values = values
+            .ok_or_else(|| Error::format(path, format!("logits: expected floats, found {:?}", logits.dtype())))?;
         let [batch, seq] = *ids.shape() else {
             return Err(Error::format(path, format!("tokens: expected two dimensions, found {:?}", ids.shape())));
         };

@@ -47,7 +47,9 @@ impl Matrix {
         }
         let value = |at: usize| {
             let (row, column) = (at / other.columns, at % other.columns);
-            (0..self.columns).map(|k| self.values[row * self.columns + k] * other.values[k * other.columns + column]).sum()
+            (0..self.columns)
+                .map(|k| self.values[row * self.columns + k] * other.values[k * other.columns + column])
+                .sum()
         };
         Self::new(self.rows, other.columns, (0..self.rows * other.columns).map(value).collect())
     }

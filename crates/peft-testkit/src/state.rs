@@ -101,7 +101,8 @@ impl ModuleMapper for Filler {
         let rng = &mut self.rng;
         param.map(|old| {
             let (shape, trained) = (old.shape(), old.is_require_grad());
-            let values: Vec<f32> = (0..shape.num_elements()).map(|_| SPREAD * rng.sample::<f32, _>(StandardNormal)).collect();
+            let values: Vec<f32> =
+                (0..shape.num_elements()).map(|_| SPREAD * rng.sample::<f32, _>(StandardNormal)).collect();
             let target = (&old.device(), dtype.unwrap_or(old.dtype()));
             Tensor::from_data(TensorData::new(values, shape), target).set_require_grad(trained)
         })
@@ -129,7 +130,8 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn read<T: Module>(module: &T, take: Take<'a>) -> Self {
-        let mut reader = Reader { stack: PathStack::default(), take, values: Ok(BTreeMap::new()), shapes: BTreeMap::new() };
+        let mut reader =
+            Reader { stack: PathStack::default(), take, values: Ok(BTreeMap::new()), shapes: BTreeMap::new() };
         module.visit(&mut reader);
         reader
     }

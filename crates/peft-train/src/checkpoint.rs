@@ -58,7 +58,13 @@ pub(crate) fn save(
     Ok(())
 }
 
-fn write(dir: &Path, state: &State, model: &CausalLm, trained: &dyn Trained, optimization: &Optimization) -> Result<()> {
+fn write(
+    dir: &Path,
+    state: &State,
+    model: &CausalLm,
+    trained: &dyn Trained,
+    optimization: &Optimization,
+) -> Result<()> {
     trained.save(model, dir)?;
     let moments: BTreeMap<String, Values> =
         optimization.state().map_err(|e| Error::Device { step: state.step, message: format!("{e:?}") })?;
@@ -83,7 +89,8 @@ pub(crate) fn restore(
 ) -> Result<(CausalLm, State)> {
     let path = dir.join(STATE);
     let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let state = serde_json::from_str(&text).map_err(|e| Error::Checkpoint { path, what: format!("not a training state: {e}") })?;
+    let state = serde_json::from_str(&text)
+        .map_err(|e| Error::Checkpoint { path, what: format!("not a training state: {e}") })?;
     let model = trained.restore(model, dir)?;
     let path = dir.join(OPTIMIZER);
     let restored = optimization.restore(read_values(&path)?, device);

@@ -45,7 +45,9 @@ pub enum Error {
         what: String,
     },
     /// The loss is not a number any more; the last checkpoint is from before.
-    #[error("step {step}: the loss is {loss}; lower the learning rate (now {learning_rate:e}) or raise the warm-up, and resume from the last checkpoint")]
+    #[error(
+        "step {step}: the loss is {loss}; lower the learning rate (now {learning_rate:e}) or raise the warm-up, and resume from the last checkpoint"
+    )]
     Diverged {
         /// Optimizer step, from 1.
         step: usize,

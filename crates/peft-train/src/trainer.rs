@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft_core::files::write_atomically;
@@ -148,7 +148,10 @@ pub struct Summary {
 /// # Errors
 /// When a setting makes no sense, the loss is not finite ([`Error::Diverged`]), the device fails or a file cannot be written; what was saved
 /// before stays whole.
-#[allow(clippy::too_many_arguments, reason = "each is one independent thing, and a struct of them would be built once and taken apart once")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one independent thing, and a struct of them would be built once and taken apart once"
+)]
 pub fn train(
     model: CausalLm,
     trained: &dyn Trained,

@@ -46,7 +46,11 @@ pub(super) fn file<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     let saved: usize = tensors.values().map(|tensor| tensor.values.len()).sum();
     let trained = report(&model).trainable;
     let same = |what: &str, found: usize| -> Result<(), Failure> {
-        if found == expected { Ok(()) } else { Err(format!("the formula gives {expected} values, {what} {found}").into()) }
+        if found == expected {
+            Ok(())
+        } else {
+            Err(format!("the formula gives {expected} values, {what} {found}").into())
+        }
     };
     same("the file holds", saved)?;
     same("an optimizer step changes", trained)?;

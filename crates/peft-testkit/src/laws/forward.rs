@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
-use burn::nn::transformer::TransformerEncoderInput;
 use burn::nn::Linear;
+use burn::nn::transformer::TransformerEncoderInput;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
 use peft_core::{LayerKind, Method, Site, attach};
 
 use super::{Layer, ROUNDING, Subject};
 use crate::stack::{BATCH, IDS, SEQ, VOCAB, WIDTH, ids, input};
-use crate::state::{deviation, adapter, adapter_shapes, gradients, normal, worse};
+use crate::state::{adapter, adapter_shapes, deviation, gradients, normal, worse};
 use crate::{Failure, Finding, Matrix, Outcome, Seam, Stack, fill_adapter, read};
 
 /// The model's output on the fixed input, in the type of its weights.
@@ -56,7 +56,8 @@ pub(super) fn encoder<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     // Norms make the mean a constant, so the loss is that of the squares against another input.
     let loss = (model.forward(x(&subject.device)) - input(WIDTH, 4, &subject.device, DType::F32)).square().sum();
     let grads = GradientsParams::from_grads(loss.backward(), &model);
-    let silent = gradients(&model, &grads)?.into_iter().find(|(_, grad)| grad.iter().all(|g| *g == 0.0) || grad.is_empty());
+    let silent =
+        gradients(&model, &grads)?.into_iter().find(|(_, grad)| grad.iter().all(|g| *g == 0.0) || grad.is_empty());
     match silent {
         Some((name, _)) => Err(format!("the gradient of {name} is zero").into()),
         None => Ok(Finding::Measured { deviation: deviation(&merged, &adapted), bound: ROUNDING }),
@@ -95,9 +96,7 @@ fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
             let hot = |at: usize| f64::from(u8::from(usize::try_from(IDS[at / VOCAB]) == Ok(at % VOCAB)));
             (0..rows * VOCAB).map(hot).collect()
         }
-        LayerKind::Linear | LayerKind::Conv1D => {
-            normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect()
-        }
+        LayerKind::Linear | LayerKind::Conv1D => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
     };
     let (weight, bias) = weight_and_bias(model, site);
     let bias = bias.map(|bias| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(bias.base())?)?)).transpose()?;

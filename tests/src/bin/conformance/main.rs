@@ -82,7 +82,8 @@ fn main() -> ExitCode {
             eprintln!("{}", check.name);
         }
     };
-    let slow = (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
+    let slow =
+        (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let mut laws = statement::laws(statement::lora());
     if let Some(reason) = slow {
         laws = laws.skip("encoder", reason);

@@ -18,7 +18,8 @@ type ModelCheck = Box<dyn Fn(&Device) -> Outcome>;
 /// The checks by name.
 pub(crate) fn checks() -> Vec<(String, ModelCheck)> {
     const MODELS: [&str; 6] = ["llama", "qwen2", "qwen3", "gpt2", "mistral_sliding", "llama3_rope"];
-    const ADAPTERS: [(&str, &str); 4] = [("llama", "plain"), ("llama", "rslora"), ("llama", "embedding"), ("gpt2", "plain")];
+    const ADAPTERS: [(&str, &str); 4] =
+        [("llama", "plain"), ("llama", "rslora"), ("llama", "embedding"), ("gpt2", "plain")];
     let mut checks: Vec<(String, ModelCheck)> = Vec::new();
     for name in MODELS {
         checks.push((format!("golden {name}"), Box::new(move |device| golden_model(name, device))));
@@ -81,5 +82,9 @@ fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
         Record::Eval(_) => None,
     };
     let losses: Vec<f64> = read_metrics(&dir.path().join("metrics.jsonl"))?.into_iter().filter_map(loss).collect();
-    if losses.len() == config.steps { Ok(losses) } else { Err(format!("expected 3 steps, found {}", losses.len()).into()) }
+    if losses.len() == config.steps {
+        Ok(losses)
+    } else {
+        Err(format!("expected 3 steps, found {}", losses.len()).into())
+    }
 }
