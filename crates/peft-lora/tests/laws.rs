@@ -68,6 +68,6 @@ fn a_false_statement_is_found() {
         .with_reference(|_, layer| layer.base(&layer.x))
         .skip("identiti", "a misspelt name");
     let failed: Vec<_> =
-        wrong.run(&Device::flex()).into_iter().filter(|check| check.failed()).map(|check| check.name).collect();
+        wrong.run(&Device::flex()).into_iter().filter(peft_testkit::Check::failed).map(|check| check.name).collect();
     assert_eq!(failed, ["identiti", "file", "bad_value", "reference"]);
 }

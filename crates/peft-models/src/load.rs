@@ -133,7 +133,7 @@ impl<F: Fn(&str) -> bool> ModuleVisitor for Exporter<F> {
                 self.tensors.insert(hf.name, tensor);
             }
             Err(e) => {
-                self.failed = Some(Error::format(hf.name, format!("the device could not hand out the tensor: {e:?}")))
+                self.failed = Some(Error::format(hf.name, format!("the device could not hand out the tensor: {e:?}")));
             }
         }
     }

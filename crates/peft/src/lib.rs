@@ -1,7 +1,7 @@
 //! Parameter-efficient fine-tuning for [Burn](burn): everything under one roof.
 //!
 //! - [`core`]: methods, targets, attaching, the activation seam, adapter files
-//! - [`lora`]: LoRA
+//! - [`lora`]: the low-rank methods
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`train`]: data, the loop, checkpoints
 //!

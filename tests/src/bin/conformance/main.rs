@@ -3,6 +3,7 @@
 //! `cargo xtask test-backends` runs it once per backend. Exit code 0 when no check failed, 1 when one did, and 3 when the device cannot be
 //! had; then the last line on standard error says why.
 
+mod matmul;
 mod models;
 #[path = "../../../../crates/peft-lora/tests/statement/mod.rs"]
 mod statement;
@@ -88,7 +89,10 @@ fn main() -> ExitCode {
     if let Some(reason) = slow {
         laws = laws.skip("encoder", reason);
     }
-    let mut checks = laws.run_with(&device, report);
+    let first = Check::run("burn_matmul", || matmul::matmul(&device));
+    report(&first);
+    let mut checks = vec![first];
+    checks.extend(laws.run_with(&device, report));
     for (name, check) in models::checks() {
         let check = match slow {
             Some(reason) => Check::skip(name, reason),
