@@ -130,12 +130,12 @@ mod tests {
     #[test]
     fn a_line_of_json_is_what_the_table_over_all_backends_reads() {
         let json = serde_json::to_string(&measured(f64::NAN)).unwrap();
-        assert_eq!(json, r#"{"check":"merge","status":"fail","deviation":null,"bound":1e-5,"note":""}"#);
+        assert_eq!(json, r#"{"check":"merge","status":"fail","deviation":null,"bound":0.00001,"note":""}"#);
     }
 
     #[test]
     fn the_table_is_aligned_and_ends_no_line_in_blanks() {
         let text = table(&[measured(1e-7), Check::skip("packed base", "none here")]);
-        assert_eq!(text, "merge        ok     1.0e-7    1.0e-5\npacked base  skip         -         -  none here\n");
+        assert_eq!(text, "merge        ok      1.0e-7    1.0e-5\npacked base  skip         -         -  none here\n");
     }
 }
