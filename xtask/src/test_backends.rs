@@ -6,7 +6,7 @@
 //! A process per backend keeps a driver that crashes from taking the others with it.
 
 use crate::error::{Error, Result};
-use crate::workspace::{FEATURES, Metadata};
+use crate::workspace::Metadata;
 use crate::{process, setup};
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
@@ -59,10 +59,12 @@ impl Backend {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// The feature that [`FEATURES`] does not hold already.
-    fn extra_feature(self) -> Option<&'static str> {
+    /// The feature that builds it, where that is no default.
+    fn feature(self) -> Option<&'static str> {
         match self {
-            Self::Flex | Self::Ndarray | Self::Vulkan | Self::Wgpu => None,
+            Self::Flex | Self::Ndarray => None,
+            Self::Vulkan => Some("peft-cli/vulkan"),
+            Self::Wgpu => Some("peft-cli/wgpu"),
             Self::Cpu => Some("peft-cli/cpu"),
             Self::Cuda => Some("peft-cli/cuda"),
         }
@@ -164,9 +166,8 @@ pub(crate) fn test(
 }
 
 fn build(backends: &[Backend], environment: &[(&str, &str)]) -> Result<PathBuf> {
-    let mut features = vec![FEATURES];
-    features.extend(backends.iter().filter_map(|backend| backend.extra_feature()));
-    if features.len() > 1 {
+    let features: Vec<&str> = backends.iter().filter_map(|backend| backend.feature()).collect();
+    if backends.iter().any(|backend| matches!(backend, Backend::Cpu | Backend::Cuda)) {
         setup::llvm()?;
     }
     // The whole workspace is named so that features are resolved as in every other build; only this binary is compiled.

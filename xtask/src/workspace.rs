@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// The features of every build of the workspace: always the same, so that no dependency is compiled twice. Vulkan covers WebGPU.
-pub(crate) const FEATURES: &str = "peft-cli/vulkan";
+/// What the test command type-checks beyond the default features, which it builds and runs. CUDA comes on top where its SDK can be had.
+pub(crate) const CHECKED: &str = "peft-cli/vulkan";
 
 /// The directory of the workspace, whatever the directory `cargo xtask` was called in.
 pub(crate) fn root() -> PathBuf {
