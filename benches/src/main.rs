@@ -26,6 +26,9 @@ const SEQ: usize = 128;
 const VOCAB: usize = 8192;
 const ROUNDS: usize = 3;
 
+/// Runs one side in a process of its own.
+type Side = Box<dyn Fn() -> Result<Value, Box<dyn Error>>>;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let option = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
@@ -34,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{}", measure(&side, steps)?);
         return Ok(());
     }
-    let mut sides: Vec<(&str, Box<dyn Fn() -> Result<Value, Box<dyn Error>>>)> = Vec::new();
+    let mut sides: Vec<(&str, Side)> = Vec::new();
     for side in ["activation", "apply_lora"] {
         let exe = std::env::current_exe()?;
         let run = move || child(Command::new(&exe).args(["--side", side, "--steps", &steps.to_string()]));

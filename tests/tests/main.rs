@@ -1,4 +1,5 @@
 //! One binary, so that the workspace links once.
+#![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
 mod golden;
 mod hostile;

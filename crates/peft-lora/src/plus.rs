@@ -36,3 +36,34 @@ pub fn lora_plus<M: Module>(module: &M) -> LoraPlus {
     module.visit(&mut sorter);
     sorter.1
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::Device;
+    use peft_core::{Peft, Targets};
+
+    use super::*;
+    use crate::LoraConfig;
+
+    #[derive(Module, Debug)]
+    struct Model {
+        adapted: Linear,
+        kept: Linear,
+        frozen: Linear,
+    }
+
+    #[test]
+    fn second_factors_are_fast_and_all_else_that_is_trained_is_slow() {
+        let device = Device::flex().autodiff();
+        let linear = || LinearConfig::new(4, 4).init(&device);
+        let mut lora = LoraConfig::new(2, Targets::modules(["adapted"]));
+        lora.targets.modules_to_save = Some(vec!["kept".to_owned()]);
+        let model = Model { adapted: linear(), kept: linear(), frozen: linear() }.attach(&lora).unwrap();
+        let adapter = model.adapted.weight.reparameterization::<crate::LoraAdapter>().unwrap();
+        let groups = lora_plus(&model);
+        assert_eq!(groups.fast, [adapter.b.id]);
+        let kept = [model.kept.weight.id, model.kept.bias.as_ref().unwrap().id];
+        assert_eq!(groups.slow, [adapter.a.id, kept[0], kept[1]]);
+    }
+}

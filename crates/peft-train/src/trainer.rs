@@ -78,7 +78,11 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
-    fn check(&self) -> Result<()> {
+    /// Refuses values that make no sense, naming the setting.
+    ///
+    /// # Errors
+    /// [`Error::Setting`].
+    pub fn check(&self) -> Result<()> {
         let positive = |name, value: f64| {
             let good = value.is_finite() && value > 0.0;
             if good { Ok(()) } else { Err(Error::setting(name, format!("is {value}; expected a positive number"))) }

@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, default_value = "peft-quickstart", value_name = "DIR")]
     out: PathBuf,
     /// Optimizer steps
-    #[arg(long, default_value_t = 80, value_name = "N")]
+    #[arg(long, default_value_t = 60, value_name = "N")]
     steps: usize,
 }
 

@@ -56,6 +56,8 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let out = Place { dir: settings.out()?, resume: args.resume, overwrite: args.overwrite };
     out.check()?;
     let method = methods::by_name(&settings.method)?.build(&settings)?;
+    let config = settings.train_config(!context.output.json && std::io::stderr().is_terminal());
+    config.check()?;
     let device = device::open(name)?.autodiff();
     let data = Data::read(&settings)?;
 
@@ -92,7 +94,6 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
 
     let batches = reading.batches(samples)?;
     let held_out = if held_out.is_empty() { None } else { Some(reading.batches(held_out)?) };
-    let config = settings.train_config(!screen.json && std::io::stderr().is_terminal());
     out.prepare()?;
     settings.save(out.dir)?;
     let stop = interrupt::watch()?;
