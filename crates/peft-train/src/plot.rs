@@ -55,7 +55,13 @@ fn draw(
         .y_label_area_size(48)
         .build_cartesian_2d(x, y)
         .map_err(text)?;
-    chart.configure_mesh().x_desc("optimizer step").light_line_style(BLACK.mix(0.05)).draw().map_err(text)?;
+    chart
+        .configure_mesh()
+        .x_desc("optimizer step")
+        .x_label_formatter(&|step| format!("{step:.0}"))
+        .light_line_style(BLACK.mix(0.05))
+        .draw()
+        .map_err(text)?;
     let blue = RGBColor(0x1f, 0x77, 0xb4);
     let orange = RGBColor(0xe6, 0x6a, 0x00);
     chart.draw_series(LineSeries::new(steps.iter().copied(), blue.mix(0.25))).map_err(text)?;
