@@ -217,6 +217,26 @@ fn resuming_is_bit_identical() {
     assert!(!Path::new(&shop.path("broken/checkpoint-6")).exists());
 }
 
+/// A limit on the size of files stands in for a full disk: writing fails in the middle of the checkpoint.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_what_was_saved() {
+    let shop = Workshop::new();
+    let out = shop.path("out");
+    json_of(&strs(&shop.train("out", &["--eval-fraction", "0", "--batch-size", "5", "--steps", "2"])));
+    let (before, checkpoint) = (adapter_bytes(&out), adapter_bytes(&format!("{out}/checkpoint-2")));
+    let output = Command::new("sh")
+        .args(["-c", r#"trap "" XFSZ; ulimit -f 8; exec "$0" "$@""#, env!("CARGO_BIN_EXE_peft")])
+        .args(["train", "--out", &out, "--resume", "--steps", "4"])
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && message.contains("adapter_model.safetensors"), "{message}");
+    assert!(before == adapter_bytes(&out) && checkpoint == adapter_bytes(&format!("{out}/checkpoint-2")));
+    let names = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(names.into_iter().all(|name| !name.contains("peft-tmp") && name != "checkpoint-4"));
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves_and_the_run_goes_on() {

@@ -153,10 +153,10 @@ impl<M: Method> AdapterFile<M> {
         Ok(Self { method, base_model, task_type, tensors })
     }
 
-    /// Writes a folder in PEFT's layout; both files or neither.
+    /// Writes a folder in PEFT's layout; see [`write_atomically`].
     ///
     /// # Errors
-    /// When the file system refuses; what was there before is left as it was.
+    /// When the file system refuses.
     pub fn write(&self, dir: &Path) -> Result<()> {
         let config = self.config_json()?;
         let path = dir.join(TENSOR_FILE);
@@ -187,7 +187,8 @@ impl<M: Method> AdapterFile<M> {
 /// Writes files of one folder so that each is seen either as it was or whole: first all beside their places, then the renames.
 ///
 /// # Errors
-/// When the file system refuses; nothing was renamed then.
+/// When the file system refuses. A write that fails, as on a full disk, leaves every file as it was; only a rename that fails after
+/// another one succeeded leaves a mixture.
 pub fn write_atomically(dir: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let mut written = Vec::with_capacity(files.len());
