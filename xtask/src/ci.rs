@@ -156,8 +156,7 @@ fn doctest() -> Result<()> {
 }
 
 fn backends() -> Result<()> {
-    // Software Vulkan is left out: the product of two matrices is wrong on it (see DESIGN.md), so nothing would be learnt.
-    let all = [Backend::Flex, Backend::Ndarray];
+    let all = [Backend::Flex, Backend::Ndarray, Backend::Vulkan];
     test_backends::test(&all, &all, false, BACKEND_LIMIT, &BUILD)
 }
 

@@ -5,6 +5,7 @@
 
 mod archive;
 mod ci;
+mod corrected;
 mod error;
 mod fetch;
 mod lines;

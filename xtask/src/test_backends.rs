@@ -6,11 +6,10 @@
 //! A process per backend keeps a driver that crashes from taking the others with it.
 
 use crate::error::{Error, Result};
-use crate::workspace::Metadata;
-use crate::{process, setup};
+use crate::workspace::{Metadata, root};
+use crate::{corrected, process, setup};
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -70,7 +69,8 @@ impl Backend {
         }
     }
 
-    fn environment(self) -> Result<setup::Environment> {
+    /// What makes it run in software; nothing where it runs as it is.
+    fn software(self) -> Result<setup::Environment> {
         match self {
             Self::Vulkan => setup::vulkan_environment(),
             Self::Wgpu => setup::wgpu_environment(),
@@ -143,7 +143,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     test(&arguments.backends, required, arguments.no_fusion, limit, &[])
 }
 
-/// Builds `conformance` once and runs it on every backend; an error if a check failed or a required backend was skipped.
+/// Builds `conformance` and runs it on every backend; an error if a check failed or a required backend was skipped.
 /// `build_environment` is set for the build.
 pub(crate) fn test(
     backends: &[Backend],
@@ -152,34 +152,58 @@ pub(crate) fn test(
     limit: Duration,
     build_environment: &[(&str, &str)],
 ) -> Result<()> {
-    let program = build(backends, build_environment)?;
+    let program = Metadata::read()?.target_directory.join("debug/conformance");
     let mut runs = Vec::new();
-    for &backend in backends {
-        eprintln!("running conformance on {}", backend.name());
-        let run = run_backend(Command::new(&program), backend, no_fusion, limit)?;
-        eprintln!("  {} checks in {:.1} s", run.checks.len(), run.took.as_secs_f64());
-        runs.push(run);
+    for backends in programs(backends) {
+        let software: Vec<_> = backends.iter().map(|backend| backend.software()).collect();
+        build(backends, software.iter().flatten().any(|environment| !environment.is_empty()), build_environment)?;
+        for (&backend, software) in backends.iter().zip(software) {
+            eprintln!("running conformance on {}", backend.name());
+            let run = run_backend(Command::new(&program), backend, software, no_fusion, limit)?;
+            eprintln!("  {} checks in {:.1} s", run.checks.len(), run.took.as_secs_f64());
+            runs.push(run);
+        }
     }
     print!("{}", table(&runs));
     let problems: Vec<_> = runs.iter().flat_map(|run| problems(run, required.contains(&run.backend))).collect();
     if problems.is_empty() { Ok(()) } else { Err(Error::Failed(problems.join("\n       "))) }
 }
 
-fn build(backends: &[Backend], environment: &[(&str, &str)]) -> Result<PathBuf> {
-    let features: Vec<&str> = backends.iter().filter_map(|backend| backend.feature()).collect();
+/// The backends by program: each that is no default has its own, for they change each other. Where Vulkan is compiled in, for instance,
+/// Burn's WebGPU device takes SPIR-V as well.
+fn programs(backends: &[Backend]) -> impl Iterator<Item = &[Backend]> {
+    backends.chunk_by(|one, next| one.feature().is_none() && next.feature().is_none())
+}
+
+/// Builds the program for these backends. In software the choice among kernels is left to Burn's rules, since trying each takes minutes
+/// there, and the CPU backend is only the reference, better compiled than computed fast.
+fn build(backends: &[Backend], software: bool, environment: &[(&str, &str)]) -> Result<()> {
+    let features = backends.iter().filter_map(|backend| backend.feature());
     if backends.iter().any(|backend| matches!(backend, Backend::Cpu | Backend::Cuda)) {
         setup::llvm()?;
     }
     // The whole workspace is named so that features are resolved as in every other build; only this binary is compiled.
     let mut command = Command::new("cargo");
-    command.args(["build", "--workspace", "--bin", "conformance", "--features", &features.join(",")]);
-    process::run(command.envs(environment.iter().copied()))?;
-    Ok(Metadata::read()?.target_directory.join("debug/conformance"))
+    command.args(["build", "--workspace", "--bin", "conformance"]).envs(environment.iter().copied());
+    command.env("CARGO_TARGET_DIR", Metadata::read()?.target_directory);
+    let (manifest, features): (_, Vec<_>) = if software {
+        command.args(["--no-default-features", "--config", "profile.dev.package.burn-flex.opt-level=0"]);
+        (corrected::workspace()?, ["peft-cli/flex"].into_iter().chain(features).collect())
+    } else {
+        (root().join("Cargo.toml"), features.collect())
+    };
+    process::run(command.arg("--manifest-path").arg(manifest).args(["--features", &features.join(",")]))
 }
 
-fn run_backend(mut command: Command, backend: Backend, no_fusion: bool, limit: Duration) -> Result<Run> {
+fn run_backend(
+    mut command: Command,
+    backend: Backend,
+    software: Result<setup::Environment>,
+    no_fusion: bool,
+    limit: Duration,
+) -> Result<Run> {
     let begun = Instant::now();
-    let environment = match backend.environment() {
+    let environment = match software {
         Ok(environment) => environment,
         Err(error) => {
             return Ok(Run {
@@ -191,8 +215,6 @@ fn run_backend(mut command: Command, backend: Backend, no_fusion: bool, limit: D
         }
     };
     command.args(["--device", &backend.name(), "--json"]).envs(environment);
-    // Results must not depend on which kernel a tuning run found fastest, and tuning takes minutes in software.
-    command.env("CUBECL_AUTOTUNE_LEVEL", "minimal");
     if no_fusion {
         command.env("BURN_FUSION_MAX_EXPLORATIONS", "0");
     }
@@ -285,12 +307,19 @@ mod tests {
     fn run_script(script: &str, limit: Duration) -> Run {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        run_backend(command, Backend::Flex, false, limit).unwrap()
+        run_backend(command, Backend::Flex, Ok(Vec::new()), false, limit).unwrap()
     }
 
     const MINUTE: Duration = Duration::from_secs(60);
     const GOOD: &str = r#"echo '{"check":"merge","status":"ok","deviation":1.25e-7,"bound":1e-5,"note":""}'"#;
     const BAD: &str = r#"echo '{"check":"seams","status":"fail","deviation":null,"bound":1e-5,"note":"NaN"}'"#;
+
+    #[test]
+    fn only_defaults_share_a_program() {
+        use Backend::{Flex, Ndarray, Vulkan, Wgpu};
+        let found: Vec<_> = programs(&[Flex, Ndarray, Vulkan, Wgpu]).collect();
+        assert_eq!(found, [&[Flex, Ndarray][..], &[Vulkan], &[Wgpu]]);
+    }
 
     #[test]
     fn a_good_run_has_no_problems() {

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::process;
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What the test command type-checks beyond the default features, which it builds and runs. CUDA comes on top where its SDK can be had.
@@ -27,6 +27,7 @@ pub(crate) struct Metadata {
 #[derive(Deserialize)]
 struct Package {
     name: String,
+    manifest_path: PathBuf,
     targets: Vec<Target>,
     metadata: Option<PackageMetadata>,
 }
@@ -53,12 +54,28 @@ pub(crate) struct Example {
 }
 
 impl Metadata {
-    /// Asks Cargo.
+    /// Asks Cargo about the members.
     pub(crate) fn read() -> Result<Self> {
-        let text = process::capture(Command::new("cargo").args(["metadata", "--no-deps", "--format-version", "1"]))?;
+        Self::ask(&["--no-deps"])
+    }
+
+    /// Asks Cargo about the members and all that they depend on with these features.
+    pub(crate) fn of_everything(features: &str) -> Result<Self> {
+        Self::ask(&["--features", features])
+    }
+
+    fn ask(words: &[&str]) -> Result<Self> {
+        let text = process::capture(Command::new("cargo").args(["metadata", "--format-version", "1"]).args(words))?;
         serde_json::from_str(&text).map_err(|error| {
             Error::Failed(format!("`cargo metadata` printed something else than its format 1: {error}"))
         })
+    }
+
+    /// Where the sources of a package lie.
+    pub(crate) fn folder_of(&self, name: &str) -> Result<&Path> {
+        let package = self.packages.iter().find(|package| package.name == name);
+        let folder = package.and_then(|package| package.manifest_path.parent());
+        folder.ok_or_else(|| Error::Failed(format!("nothing here depends on {name}")))
     }
 
     /// The examples of the package `peft-examples`, in order.
@@ -88,11 +105,13 @@ mod tests {
     #[test]
     fn examples_are_found_with_the_reason_not_to_run_them() {
         let text = r#"{"target_directory": "/t", "packages": [
-            {"name": "peft", "targets": [{"name": "other", "kind": ["example"]}], "metadata": null},
-            {"name": "peft-examples", "metadata": {"not-run": {"long": "takes an hour"}}, "targets": [
+            {"name": "peft", "manifest_path": "/w/crates/peft/Cargo.toml", "targets": [{"name": "other", "kind": ["example"]}], "metadata": null},
+            {"name": "peft-examples", "manifest_path": "/w/examples/Cargo.toml", "metadata": {"not-run": {"long": "takes an hour"}}, "targets": [
                 {"name": "short", "kind": ["example"]}, {"name": "long", "kind": ["example"]}, {"name": "peft_examples", "kind": ["lib"]}]}]}"#;
         let metadata: Metadata = serde_json::from_str(text).unwrap();
         let found: Vec<_> = metadata.examples().into_iter().map(|example| (example.name, example.not_run)).collect();
         assert_eq!(found, [("long".to_owned(), Some("takes an hour".to_owned())), ("short".to_owned(), None)]);
+        assert_eq!(metadata.folder_of("peft").unwrap(), Path::new("/w/crates/peft"));
+        assert!(metadata.folder_of("absent").unwrap_err().to_string().contains("absent"));
     }
 }

@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+pub mod combine;
 pub mod eval;
 pub mod generate;
 pub mod inspect;

@@ -1,6 +1,6 @@
 //! Devices by name: the one place that knows which backends this program was built with.
 
-use burn::tensor::{Device, DeviceType};
+use burn::tensor::{Device, DeviceType, Tensor, TensorData};
 
 use crate::{Error, Result};
 
@@ -55,7 +55,8 @@ const BACKENDS: [Backend; 7] = [
 /// Opens a device: `cpu`, `ndarray`, `cubecl-cpu`, `vulkan`, `wgpu`, `metal` or `cuda`, with an optional `:index`.
 ///
 /// # Errors
-/// When there is no such name, it is not compiled in, or this machine has no such device; the hint says how to get it.
+/// When there is no such name, it is not compiled in, this machine has no such device, or it multiplies matrices wrongly; the hint says what
+/// to do.
 pub fn open(name: &str) -> Result<Device> {
     let (kind, index) = match name.split_once(':') {
         Some((kind, index)) => {
@@ -83,12 +84,31 @@ pub fn open(name: &str) -> Result<Device> {
         );
         Error::usage(format!("--device {name}: this program was built without it"), hint)
     })?();
-    devices.get(index).cloned().ok_or_else(|| match devices.len() {
+    let device = devices.get(index).ok_or_else(|| match devices.len() {
         0 => Error::refused(format!("--device {name}: this machine has no such device"), backend.needs),
         count => {
             Error::usage(format!("--device {name}: this machine has {count}"), format!("--device {kind}:{}", count - 1))
         }
-    })
+    })?;
+    if multiplies(device) {
+        Ok(device.clone())
+    } else {
+        let hint = "its driver or Burn's kernels for it are at fault: update the driver, or choose another --device";
+        Err(Error::refused(format!("--device {name}: this device multiplies matrices wrongly"), hint))
+    }
+}
+
+/// Whether the device gets the product of two matrices of small whole numbers right, which f32 holds exactly. There are drivers for which
+/// Burn's kernels do not (see DESIGN.md), and nothing that follows could be trusted.
+fn multiplies(device: &Device) -> bool {
+    let [m, k, n] = [8, 16, 32];
+    let whole = |count: usize, step: usize| (0..count).map(|at| (at * step % 7) as f32 - 3.0).collect::<Vec<_>>();
+    let (a, b) = (whole(m * k, 3), whole(k * n, 5));
+    let entry = |row: usize, column: usize| (0..k).map(|at| a[row * k + at] * b[at * n + column]).sum::<f32>();
+    let expected = (0..m * n).map(|at| entry(at / n, at % n));
+    let tensor = |values: &[f32], shape| Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device);
+    let found = tensor(&a, [m, k]).matmul(tensor(&b, [k, n])).try_into_data();
+    found.is_ok_and(|found| found.iter::<f32>().eq(expected))
 }
 
 #[cfg(test)]

@@ -56,6 +56,8 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Fold an adapter into its model and write a Hugging Face directory
     Merge(commands::merge::Args),
+    /// Add several LoRA adapters of one model up into one
+    Combine(commands::combine::Args),
     /// Show what a model or an adapter is made of
     Inspect(commands::inspect::Args),
     /// List the methods that can be trained
@@ -96,6 +98,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode> {
         Command::Eval(args) => commands::eval::run(&args, &context).map(done),
         Command::Generate(args) => commands::generate::run(&args, &context).map(done),
         Command::Merge(args) => commands::merge::run(&args, &context).map(done),
+        Command::Combine(args) => commands::combine::run(&args, &context).map(done),
         Command::Inspect(args) => commands::inspect::run(&args, &context).map(done),
         Command::Methods => commands::methods::run(&context).map(done),
         Command::Logits(args) => commands::logits::run(&args, &context).map(done),

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use peft_core::files::{TENSOR_FILE, read_values};
 use peft_core::{LayerKind, Targets};
-use peft_models::config::ModelConfig;
 use peft_models::{CausalLm, ModelSource, Pretrained};
 
 use crate::{Result, methods};
@@ -80,14 +79,6 @@ pub fn adapted_keys(dir: &Path) -> Result<Vec<String>> {
 /// Whether `path` is that of something below `module`.
 pub fn is_inside(path: &str, module: &str) -> bool {
     path.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'))
-}
-
-/// Whether the output head is the embedding table.
-pub fn is_tied(config: &ModelConfig) -> bool {
-    match config {
-        ModelConfig::Llama(llama) => llama.tie_word_embeddings,
-        ModelConfig::Gpt2(_) => true,
-    }
 }
 
 /// The family's name in `config.json`.

@@ -39,7 +39,7 @@ impl<'a> Reading<'a> {
         let longest = pretrained.model.config().max_positions();
         let max_len = max_len.unwrap_or(MAX_LEN.min(longest));
         if max_len > longest {
-            let what = format!("--max-len {max_len}: {} takes at most {longest} tokens", pretrained.name);
+            let what = format!("--max-len {max_len}: {} takes at most {longest} tokens", pretrained.files.name);
             return Err(Error::usage(what, format!("--max-len {longest}")));
         }
         Ok(Self { pretrained, max_len, train_on_prompt: false, batch_size: 8, pack: false, seed: 0 })
@@ -56,8 +56,10 @@ impl<'a> Reading<'a> {
         let (samples, report) = encode(rows, tokenizer, &options)?;
         let vocab_size = self.pretrained.model.config().vocab_size();
         if let Some(id) = samples.iter().flat_map(Sample::ids).find(|id| **id as usize >= vocab_size) {
-            let what =
-                format!("{}: the tokenizer gives token {id}, the model has {vocab_size} tokens", self.pretrained.name);
+            let what = format!(
+                "{}: the tokenizer gives token {id}, the model has {vocab_size} tokens",
+                self.pretrained.files.name
+            );
             return Err(Error::refused(what, "take tokenizer.json and the weights from the same model"));
         }
         if samples.is_empty() {

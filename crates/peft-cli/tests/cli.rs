@@ -476,3 +476,27 @@ fn lists_and_help() {
     let gguf = json_of(&["inspect", "--json", &testdata("gguf/llama.gguf")]);
     assert_eq!(gguf["architecture"], "llama");
 }
+
+#[test]
+fn halves_of_an_adapter_combine_into_the_adapter() {
+    let out = TempDir::new().unwrap();
+    let (model, plain) = (testdata("models/llama"), testdata("lora/llama/plain"));
+    let (half, both) = (format!("{plain}=0.5"), out.path().join("both").display().to_string());
+    let rank = json_of(&["inspect", &plain, "--json"])["config"]["r"].as_u64().unwrap();
+    let args = ["combine", "--json", "--adapter", &half, "--adapter", &half, "--out", &both];
+    let with = |more: &[&'static str]| [&args[..], more].concat();
+
+    assert_eq!(json_of(&args)["rank"], json!(2 * rank));
+    assert!(deviation(&logits(&model, Some(&both)), &logits(&model, Some(&plain))) < 1e-4);
+    assert!(refused(&args).1.contains("there is an adapter already"));
+    assert_eq!(json_of(&with(&["--overwrite", "--how", "linear"]))["rank"], json!(rank));
+    assert!(deviation(&logits(&model, Some(&both)), &logits(&model, Some(&plain))) < 1e-4);
+
+    for (more, expected) in
+        [(&["--overwrite", "--how", "svd"][..], "--rank 8"), (&["--overwrite", "--rank", "8"], "--how svd")]
+    {
+        let (code, stderr) = refused(&with(more));
+        assert!(code == 2 && stderr.contains(expected), "{code}: {stderr}");
+    }
+    assert!(refused(&["combine", "--adapter", "a=much", "--out", &both]).1.contains("`much`"));
+}

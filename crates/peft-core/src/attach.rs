@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use burn::module::{Module, Param, ParamId, Reparameterizer};
 use burn::tensor::Tensor;
 
-use crate::{Error, Method, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan};
+use crate::{
+    Error, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan, visit_params,
+};
 
 /// [`attach`] and the report as methods of every Burn module.
 pub trait Peft: Module {
@@ -109,7 +111,7 @@ fn distance(a: &str, b: &str) -> usize {
 fn trained_base<T: Module, M: Method>(module: &T, method: &M, sites: &[&Site]) -> Result<Vec<ParamId>> {
     let matcher = method.targets().matcher()?;
     let mut visitor = BaseParams::default();
-    module.visit(&mut visitor);
+    visit_params(module, &mut visitor);
     let adapted = |path: &str| sites.iter().any(|s| s.path == path);
     let problems: Vec<Problem> = matcher
         .modules_to_save()
@@ -135,22 +137,13 @@ fn trained_base<T: Module, M: Method>(module: &T, method: &M, sites: &[&Site]) -
 
 #[derive(Default)]
 struct BaseParams {
-    stack: PathStack,
     /// Id, module path and Hugging Face's name of each base parameter.
     params: Vec<(ParamId, String, String)>,
 }
 
-impl burn::module::ModuleVisitor for BaseParams {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let location = self.stack.locate();
+impl ParamVisitor for BaseParams {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+        let location = at.locate();
         if location.field.is_none() {
             let name = hf_name(&location, D).name;
             let short = name.rsplit('.').next().unwrap_or_default().to_owned();

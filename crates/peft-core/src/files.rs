@@ -7,13 +7,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
-use crate::{Error, Location, Matcher, Method, PathStack, Problem, Result, attach, hf_name, scan};
+use crate::{
+    Error, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach, hf_name,
+    map_params, scan, visit_params,
+};
 
 /// The configuration's file name.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -106,7 +109,7 @@ impl<M: Method> AdapterFile<M> {
             let path = "model".to_owned();
             collector.problems.push(Problem::Other { path, what: "carries no adapter".to_owned() });
         }
-        module.visit(&mut collector);
+        visit_params(module, &mut collector);
         let Collector { tensors, problems, .. } = collector;
         if !problems.is_empty() {
             return Err(Error::Attach { method: M::PEFT_TYPE, problems });
@@ -121,7 +124,7 @@ impl<M: Method> AdapterFile<M> {
     pub fn fill<T: Module>(self, module: T, path: &Path, strictness: Strictness) -> Result<T> {
         let keys = Keys::<M>::new(&module, &self.method)?;
         let mut filler = Filler { keys, tensors: self.tensors, strictness, problems: Vec::new() };
-        let module = module.map(&mut filler);
+        let module = map_params(module, &mut filler);
         let Filler { tensors, mut problems, .. } = filler;
         if !strictness.allow_unknown {
             problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
@@ -286,7 +289,6 @@ pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// Which file key belongs to which parameter.
 struct Keys<M> {
-    stack: PathStack,
     matcher: Matcher,
     adapted: Vec<String>,
     method: std::marker::PhantomData<M>,
@@ -302,17 +304,12 @@ struct Key {
 impl<M: Method> Keys<M> {
     fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
         let adapted = scan(module).adapted.iter().map(|p| p.strip_suffix(".weight").unwrap_or(p).to_owned()).collect();
-        Ok(Self {
-            stack: PathStack::default(),
-            matcher: method.targets().matcher()?,
-            adapted,
-            method: std::marker::PhantomData,
-        })
+        Ok(Self { matcher: method.targets().matcher()?, adapted, method: std::marker::PhantomData })
     }
 
-    /// The key of the parameter that is being visited; `Err` when the method forgot to list one of its fields.
-    fn key(&self, rank: usize) -> std::result::Result<Key, Problem> {
-        let location = self.stack.locate();
+    /// The key of the parameter at this place; `Err` when the method forgot to list one of its fields.
+    fn key(&self, at: &PathStack, rank: usize) -> std::result::Result<Key, Problem> {
+        let location = at.locate();
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
         let listed = location.kind.map(M::tensors).unwrap_or_default().iter().find(|t| t.field == field);
         match listed {
@@ -320,7 +317,7 @@ impl<M: Method> Keys<M> {
                 Ok(Key { name: format!("{}.{}", location.module, t.key), transposed: t.transposed, required: true })
             }
             None => Err(Problem::Other {
-                path: self.stack.path(),
+                path: at.path(),
                 what: format!("{} does not list this field in `Method::tensors`", M::PEFT_TYPE),
             }),
         }
@@ -343,17 +340,9 @@ struct Collector<M> {
     problems: Vec<Problem>,
 }
 
-impl<M: Method> ModuleVisitor for Collector<M> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.keys.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.keys.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let key = match self.keys.key(D) {
+impl<M: Method> ParamVisitor for Collector<M> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+        let key = match self.keys.key(at, D) {
             Ok(key) if key.required => key,
             Ok(_) => return,
             Err(problem) => return self.problems.push(problem),
@@ -379,17 +368,9 @@ struct Filler<M> {
     problems: Vec<Problem>,
 }
 
-impl<M: Method> ModuleMapper for Filler<M> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.keys.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.keys.stack.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let key = match self.keys.key(D) {
+impl<M: Method> ParamMapper for Filler<M> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let key = match self.keys.key(at, D) {
             Ok(key) => key,
             Err(problem) => {
                 self.problems.push(problem);

@@ -19,6 +19,7 @@ mod method;
 mod report;
 mod site;
 mod targets;
+mod walk;
 
 pub use activation::{Activation, Base, embedding, linear, linear_with};
 pub use attach::{Peft, attach};
@@ -30,3 +31,4 @@ pub use method::{FileTensor, Method};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, scan};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};
+pub use walk::{ParamMapper, ParamVisitor, map_params, visit_params};

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::{Error, Method, PathStack, Problem, Result, Site, scan};
+use crate::{
+    Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, map_params, scan, visit_params,
+};
 
 /// Folds the adapter of `module` into its weights and biases and drops it; the result lives on the plain device, ready for inference.
 ///
@@ -17,7 +19,7 @@ use crate::{Error, Method, PathStack, Problem, Result, Site, scan};
 pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     let module = module.valid();
     let mut fields = Fields::default();
-    module.visit(&mut fields);
+    visit_params(&module, &mut fields);
     let sites = scan(&module).sites;
     let mut biases = BTreeMap::new();
     let mut problems = fields.problems;
@@ -33,59 +35,41 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
         }
     }
     let adapted = fields.values.into_keys().collect();
-    let mut finish = Finish { stack: PathStack::default(), biases, adapted, problems };
-    let module = module.materialize().map(&mut finish);
+    let mut finish = Finish { biases, adapted, problems };
+    let module = map_params(module.materialize(), &mut finish);
     if finish.problems.is_empty() { Ok(module) } else { Err(Error::Merge { problems: finish.problems }) }
 }
 
 /// The adapters' tensors by module path and field.
 #[derive(Default)]
 struct Fields {
-    stack: PathStack,
     values: BTreeMap<String, BTreeMap<String, Vec<f32>>>,
     problems: Vec<Problem>,
 }
 
-impl ModuleVisitor for Fields {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let location = self.stack.locate();
+impl ParamVisitor for Fields {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+        let location = at.locate();
         let Some(field) = location.field else { return };
         match param.base().try_into_data() {
             Ok(data) => {
                 self.values.entry(location.module).or_default().insert(field, data.iter::<f32>().collect());
             }
-            Err(e) => self.problems.push(Problem::Other { path: self.stack.path(), what: format!("{e:?}") }),
+            Err(e) => self.problems.push(Problem::Other { path: at.path(), what: format!("{e:?}") }),
         }
     }
 }
 
 /// Adds the bias parts and looks for values that are not finite.
 struct Finish {
-    stack: PathStack,
     biases: BTreeMap<String, Vec<f32>>,
     adapted: Vec<String>,
     problems: Vec<Problem>,
 }
 
-impl ModuleMapper for Finish {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let location = self.stack.locate();
+impl ParamMapper for Finish {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let location = at.locate();
         if location.param == "weight" && self.adapted.contains(&location.module) {
             let finite = param.base().is_finite().all().into_scalar::<bool>();
             if !finite {

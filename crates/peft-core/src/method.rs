@@ -32,6 +32,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The name in `adapter_config.json`, for instance `LORA`.
     const PEFT_TYPE: &'static str;
 
+    /// The adapter's fields that LoRA+ trains faster than the rest: those that start at zero and wait for their partner. Empty when the method
+    /// has none.
+    const FAST: &'static [&'static str] = &[];
+
     /// The trained state in one weight.
     type Adapter: Reparameterization;
 

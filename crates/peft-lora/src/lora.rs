@@ -180,6 +180,7 @@ impl LoraAdapter {
 
 impl Method for LoraConfig {
     const PEFT_TYPE: &'static str = "LORA";
+    const FAST: &'static [&'static str] = &["b", "bias"];
     type Adapter = LoraAdapter;
 
     fn targets(&self) -> &Targets {

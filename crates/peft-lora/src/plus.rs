@@ -1,8 +1,10 @@
 //! LoRA+: `B` learns faster than `A`. Hayou et al. 2024, arXiv:2402.12354, section 4; defaults as in Hugging Face PEFT.
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
-use peft_core::PathStack;
+use peft_core::{Method, ParamVisitor, PathStack, visit_params};
+
+use crate::LoraConfig;
 
 /// Parameters of a model by the learning rate that LoRA+ gives them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,25 +18,19 @@ pub struct LoraPlus {
 /// Sorts the trained parameters of `module`.
 pub fn lora_plus<M: Module>(module: &M) -> LoraPlus {
     #[derive(Default)]
-    struct Sorter(PathStack, LoraPlus);
-    impl ModuleVisitor for Sorter {
-        fn enter_module(&mut self, name: &str, container: &str) {
-            self.0.enter(name, container);
-        }
-        fn exit_module(&mut self, _name: &str, _container: &str) {
-            self.0.exit();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            match self.0.locate().field.as_deref() {
-                Some("b" | "bias") => self.1.fast.push(param.id),
-                _ if param.is_require_grad() => self.1.slow.push(param.id),
+    struct Sorter(LoraPlus);
+    impl ParamVisitor for Sorter {
+        fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+            match at.locate().field {
+                Some(field) if LoraConfig::FAST.contains(&field.as_str()) => self.0.fast.push(param.id),
+                _ if param.is_require_grad() => self.0.slow.push(param.id),
                 _ => {}
             }
         }
     }
     let mut sorter = Sorter::default();
-    module.visit(&mut sorter);
-    sorter.1
+    visit_params(module, &mut sorter);
+    sorter.0
 }
 
 #[cfg(test)]
@@ -44,7 +40,6 @@ mod tests {
     use peft_core::{Peft, Targets};
 
     use super::*;
-    use crate::LoraConfig;
 
     #[derive(Module, Debug)]
     struct Model {

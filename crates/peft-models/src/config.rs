@@ -138,6 +138,22 @@ impl ModelConfig {
             Self::Gpt2(c) => c.n_positions,
         }
     }
+
+    /// Number of transformer blocks.
+    pub fn num_layers(&self) -> usize {
+        match self {
+            Self::Llama(c) => c.num_hidden_layers,
+            Self::Gpt2(c) => c.n_layer,
+        }
+    }
+
+    /// Whether the output head is the embedding table.
+    pub fn is_tied(&self) -> bool {
+        match self {
+            Self::Llama(c) => c.tie_word_embeddings,
+            Self::Gpt2(_) => true,
+        }
+    }
 }
 
 struct Fields<'a> {

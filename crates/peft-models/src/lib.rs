@@ -25,4 +25,4 @@ pub use error::{Error, Result};
 pub use generate::{Sampling, generate};
 pub use gpt2::Gpt2;
 pub use llama::Llama;
-pub use pretrained::{ModelSource, Origin, Pretrained};
+pub use pretrained::{ModelFiles, ModelSource, Origin, Pretrained};

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
 use peft_core::files::transpose;
-use peft_core::{PathStack, hf_name};
+use peft_core::{ParamMapper, ParamVisitor, PathStack, hf_name, map_params, visit_params};
 
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -17,9 +17,8 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Weights`] with every missing, unknown and misshapen tensor; or the first that cannot be read.
 pub fn load_weights<M: Module>(module: M, weights: &dyn Weights, ignored: impl Fn(&str) -> bool) -> Result<M> {
-    let mut loader =
-        Loader { stack: PathStack::default(), weights, used: BTreeSet::new(), problems: Vec::new(), failed: None };
-    let module = module.map(&mut loader);
+    let mut loader = Loader { weights, used: BTreeSet::new(), problems: Vec::new(), failed: None };
+    let module = map_params(module, &mut loader);
     let Loader { used, mut problems, failed, .. } = loader;
     if let Some(error) = failed {
         return Err(error);
@@ -30,24 +29,15 @@ pub fn load_weights<M: Module>(module: M, weights: &dyn Weights, ignored: impl F
 }
 
 struct Loader<'a> {
-    stack: PathStack,
     weights: &'a dyn Weights,
     used: BTreeSet<String>,
     problems: Vec<String>,
     failed: Option<Error>,
 }
 
-impl ModuleMapper for Loader<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let hf = hf_name(&self.stack.locate(), D);
+impl ParamMapper for Loader<'_> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let hf = hf_name(&at.locate(), D);
         let shape = param.lazy_shape().to_vec();
         let expected: Vec<usize> = if hf.transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
         // GPT-2's own checkpoints leave out the outermost name.
@@ -93,29 +83,20 @@ pub struct HfTensor {
 /// # Errors
 /// When the device fails to hand out a tensor.
 pub fn export_weights<M: Module>(module: &M, wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, HfTensor>> {
-    let mut exporter = Exporter { stack: PathStack::default(), wanted, tensors: BTreeMap::new(), failed: None };
-    module.visit(&mut exporter);
+    let mut exporter = Exporter { wanted, tensors: BTreeMap::new(), failed: None };
+    visit_params(module, &mut exporter);
     exporter.failed.map_or(Ok(exporter.tensors), Err)
 }
 
 struct Exporter<F> {
-    stack: PathStack,
     wanted: F,
     tensors: BTreeMap<String, HfTensor>,
     failed: Option<Error>,
 }
 
-impl<F: Fn(&str) -> bool> ModuleVisitor for Exporter<F> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let location = self.stack.locate();
+impl<F: Fn(&str) -> bool> ParamVisitor for Exporter<F> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+        let location = at.locate();
         let hf = hf_name(&location, D);
         if location.field.is_some() || !(self.wanted)(&hf.name) || self.failed.is_some() {
             return;

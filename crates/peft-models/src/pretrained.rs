@@ -1,5 +1,6 @@
 //! A model with all that belongs to it, from a Hugging Face directory, a GGUF file, the model hub, or the one in this crate.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -52,6 +53,16 @@ impl FromStr for ModelSource {
     }
 }
 
+impl fmt::Display for ModelSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Dir(path) | Self::Gguf(path) => path.display().fmt(f),
+            Self::Hub(id) => f.write_str(id),
+            Self::Tiny => f.write_str("tiny"),
+        }
+    }
+}
+
 /// The file or folder behind a model.
 #[derive(Debug)]
 pub enum Origin {
@@ -71,11 +82,9 @@ impl Origin {
     }
 }
 
-/// A model, its tokenizer and where both came from.
+/// All that belongs to a model but the values of its weights.
 #[derive(Debug)]
-pub struct Pretrained {
-    /// The model, un-adapted.
-    pub model: CausalLm,
+pub struct ModelFiles {
     /// `config.json`.
     pub config: Value,
     /// The file or folder.
@@ -85,27 +94,32 @@ pub struct Pretrained {
     tokenizer: Option<Tokenizer>,
 }
 
-impl Pretrained {
-    /// Loads the model onto `device`, in f32.
+impl ModelSource {
+    /// Reads everything but the values of the weights.
     ///
     /// # Errors
-    /// When a file is missing, malformed or does not fit its configuration; when the architecture is not supported; when the hub cannot be
-    /// reached.
-    pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
-        let parts = Parts::open(source)?;
-        let config = ModelConfig::from_json(&parts.config, parts.origin.weights().path())?;
-        let tied = matches!(&config, ModelConfig::Gpt2(_))
-            || matches!(&config, ModelConfig::Llama(c) if c.tie_word_embeddings);
-        // Buffers that `transformers` computes itself, and the second name of a tied head.
-        let ignored = |name: &str| {
-            let buffer =
-                [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
-            buffer || (tied && name == "lm_head.weight")
+    /// When a file is missing or malformed, or the hub cannot be reached.
+    pub fn open(&self) -> Result<ModelFiles> {
+        let (config, origin, tokenizer) = match self {
+            Self::Dir(dir) => from_dir(dir)?,
+            Self::Hub(id) => from_dir(&hub(id)?)?,
+            Self::Gguf(path) => {
+                let gguf = Gguf::open(path)?;
+                let ids = gguf.special_tokens()?;
+                let special = SpecialTokens { bos: ids.bos, eos: ids.eos.into_iter().collect(), pad: ids.pad };
+                let tokenizer = Tokenizer::new(gguf.tokenizer()?, special, gguf.chat_template().map(str::to_owned))?;
+                (gguf.config()?, Origin::Gguf(Box::new(gguf)), Some(tokenizer))
+            }
+            Self::Tiny => {
+                let (config, checkpoint, tokenizer) = tiny::parts()?;
+                (config, Origin::Checkpoint(checkpoint), Some(tokenizer))
+            }
         };
-        let model = load_weights(CausalLm::new(&config, device), parts.origin.weights(), ignored)?;
-        Ok(Self { model, config: parts.config, origin: parts.origin, name: parts.name, tokenizer: parts.tokenizer })
+        Ok(ModelFiles { config, origin, name: self.to_string(), tokenizer })
     }
+}
 
+impl ModelFiles {
     /// The tokenizer.
     ///
     /// # Errors
@@ -115,47 +129,59 @@ impl Pretrained {
             || Error::format(&self.name, "no tokenizer.json here; only token ids can be used with this model");
         self.tokenizer.as_ref().ok_or_else(missing)
     }
+
+    /// `config.json`, understood.
+    ///
+    /// # Errors
+    /// When it is malformed or the architecture is not supported.
+    pub fn model_config(&self) -> Result<ModelConfig> {
+        ModelConfig::from_json(&self.config, self.origin.weights().path())
+    }
 }
 
-/// Everything but the weights' values.
-struct Parts {
-    config: Value,
-    origin: Origin,
-    tokenizer: Option<Tokenizer>,
-    name: String,
+fn from_dir(dir: &Path) -> Result<(Value, Origin, Option<Tokenizer>)> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let config = serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not JSON: {e}")))?;
+    let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(dir)).transpose()?;
+    Ok((config, Origin::Checkpoint(Checkpoint::open(dir)?), tokenizer))
 }
 
-impl Parts {
-    fn open(source: &ModelSource) -> Result<Self> {
-        match source {
-            ModelSource::Dir(dir) => Self::from_dir(dir, dir.display().to_string()),
-            ModelSource::Hub(id) => Self::from_dir(&hub(id)?, id.clone()),
-            ModelSource::Gguf(path) => {
-                let gguf = Gguf::open(path)?;
-                let ids = gguf.special_tokens()?;
-                let special = SpecialTokens { bos: ids.bos, eos: ids.eos.into_iter().collect(), pad: ids.pad };
-                let tokenizer = Tokenizer::new(gguf.tokenizer()?, special, gguf.chat_template().map(str::to_owned))?;
-                let (config, name) = (gguf.config()?, path.display().to_string());
-                Ok(Self { config, origin: Origin::Gguf(Box::new(gguf)), tokenizer: Some(tokenizer), name })
-            }
-            ModelSource::Tiny => {
-                let (config, checkpoint, tokenizer) = tiny::parts()?;
-                Ok(Self {
-                    config,
-                    origin: Origin::Checkpoint(checkpoint),
-                    tokenizer: Some(tokenizer),
-                    name: "tiny".to_owned(),
-                })
-            }
-        }
+/// A model and what it was made from.
+#[derive(Debug)]
+pub struct Pretrained {
+    /// The model, un-adapted.
+    pub model: CausalLm,
+    /// The rest.
+    pub files: ModelFiles,
+}
+
+impl Pretrained {
+    /// Loads the model onto `device`, in f32.
+    ///
+    /// # Errors
+    /// When a file is missing, malformed or does not fit its configuration; when the architecture is not supported; when the hub cannot be
+    /// reached.
+    pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
+        let files = source.open()?;
+        let config = files.model_config()?;
+        let tied = config.is_tied();
+        // Buffers that `transformers` computes itself, and the second name of a tied head.
+        let ignored = |name: &str| {
+            let buffer =
+                [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+            buffer || (tied && name == "lm_head.weight")
+        };
+        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), ignored)?;
+        Ok(Self { model, files })
     }
 
-    fn from_dir(dir: &Path, name: String) -> Result<Self> {
-        let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config = serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not JSON: {e}")))?;
-        let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(dir)).transpose()?;
-        Ok(Self { config, origin: Origin::Checkpoint(Checkpoint::open(dir)?), tokenizer, name })
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// When the source has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.files.tokenizer()
     }
 }
 

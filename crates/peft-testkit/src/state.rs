@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Tensor, TensorData};
-use peft_core::PathStack;
+use peft_core::{ParamMapper, ParamVisitor, PathStack, map_params, visit_params};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -73,26 +73,17 @@ pub fn fill_adapter<T: Module>(module: T) -> T {
 }
 
 pub(crate) fn fill<T: Module>(module: T, part: Part, seed: u64) -> T {
-    module.map(&mut Filler { stack: PathStack::default(), part, rng: ChaCha8Rng::seed_from_u64(seed) })
+    map_params(module, &mut Filler { part, rng: ChaCha8Rng::seed_from_u64(seed) })
 }
 
 struct Filler {
-    stack: PathStack,
     part: Part,
     rng: ChaCha8Rng,
 }
 
-impl ModuleMapper for Filler {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let location = self.stack.locate();
+impl ParamMapper for Filler {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let location = at.locate();
         let dtype = match (self.part, location.field) {
             (Part::Base(dtype), None) if !matches!(location.param.as_str(), "gamma" | "beta") => Some(dtype),
             (Part::Adapter, Some(_)) => None,
@@ -122,7 +113,6 @@ enum Take<'a> {
 }
 
 struct Reader<'a> {
-    stack: PathStack,
     take: Take<'a>,
     values: Result<BTreeMap<String, Vec<f64>>, Failure>,
     shapes: BTreeMap<String, Vec<usize>>,
@@ -130,28 +120,19 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn read<T: Module>(module: &T, take: Take<'a>) -> Self {
-        let mut reader =
-            Reader { stack: PathStack::default(), take, values: Ok(BTreeMap::new()), shapes: BTreeMap::new() };
-        module.visit(&mut reader);
+        let mut reader = Reader { take, values: Ok(BTreeMap::new()), shapes: BTreeMap::new() };
+        visit_params(module, &mut reader);
         reader
     }
 }
 
-impl ModuleVisitor for Reader<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+impl ParamVisitor for Reader<'_> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let Ok(values) = &mut self.values else { return };
-        let location = self.stack.locate();
+        let location = at.locate();
         let (name, in_adapter) = match location.field {
             Some(field) => (format!("{}:{field}", location.module), true),
-            None => (self.stack.path(), false),
+            None => (at.path(), false),
         };
         let found = match &self.take {
             Take::Frozen if !in_adapter && !param.is_require_grad() => read(param.base()),

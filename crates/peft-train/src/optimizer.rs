@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, GradientsParams, Optimizer};
 use burn::tensor::{Device, Tensor, TensorData};
-use peft_core::PathStack;
 use peft_core::files::Values;
+use peft_core::{ParamMapper, PathStack, map_params};
 
 use crate::loss::scalar;
 
@@ -25,11 +25,12 @@ struct Moments {
     second: Tensor<1>,
 }
 
-/// Learning rate, and the factor by which LoRA+ raises it for the second factor.
+/// Learning rate, and the factor by which LoRA+ (arXiv:2402.12354) raises it for the adapter's fields of these names.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rates {
     pub base: f64,
     pub plus: f64,
+    pub fast: &'static [&'static str],
 }
 
 impl Optimization {
@@ -40,7 +41,7 @@ impl Optimization {
 
     /// One step, with every gradient multiplied by `factor`.
     pub(crate) fn step<M: Module>(&mut self, module: M, grads: GradientsParams, rates: Rates, factor: f64) -> M {
-        module.map(&mut Stepper { stack: PathStack::default(), optimization: self, grads, rates, factor })
+        map_params(module, &mut Stepper { optimization: self, grads, rates, factor })
     }
 
     /// The state by parameter path, as tensors for a safetensors file.
@@ -72,28 +73,18 @@ impl Optimization {
 }
 
 struct Stepper<'a> {
-    stack: PathStack,
     optimization: &'a mut Optimization,
     grads: GradientsParams,
     rates: Rates,
     factor: f64,
 }
 
-impl ModuleMapper for Stepper<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+impl ParamMapper for Stepper<'_> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
-        let path = self.stack.path();
-        // LoRA+ (arXiv:2402.12354): the factor that starts at zero learns faster.
-        let second = matches!(self.stack.locate().field.as_deref(), Some("b" | "bias"));
-        let rate = self.rates.base * if second { self.rates.plus } else { 1.0 };
+        let path = at.path();
+        let fast = at.locate().field.is_some_and(|field| self.rates.fast.contains(&field.as_str()));
+        let rate = self.rates.base * if fast { self.rates.plus } else { 1.0 };
         let grad = if self.factor == 1.0 { grad } else { grad * self.factor };
         let shape = grad.shape();
         let state = self.optimization.moments.remove(&path).map(|m| {

@@ -26,6 +26,11 @@ pub trait Trained {
     /// # Errors
     /// When the folder does not hold the trained part of this model.
     fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm>;
+
+    /// The adapter's fields that LoRA+ trains faster: [`Method::FAST`].
+    fn fast(&self) -> &'static [&'static str] {
+        &[]
+    }
 }
 
 /// An adapter in Hugging Face PEFT's layout.
@@ -45,6 +50,10 @@ impl<M: Method> Trained for AdapterOf<M> {
     fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
         let file = AdapterFile::<M>::read(dir)?;
         Ok(file.fill(model, &dir.join(TENSOR_FILE), Strictness::default())?)
+    }
+
+    fn fast(&self) -> &'static [&'static str] {
+        M::FAST
     }
 }
 

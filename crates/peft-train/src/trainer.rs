@@ -39,7 +39,7 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Gradients are scaled down to this norm, all together; 0 for no bound.
     pub max_grad_norm: f64,
-    /// LoRA+: factor on the learning rate of the second low-rank factor.
+    /// LoRA+: factor on the learning rate of the fields that the method calls [fast](peft_core::Method::FAST).
     pub lora_plus: f64,
     /// Steps between evaluations on the held-out data; 0 for only the first and the last.
     pub eval_every: usize,
@@ -168,6 +168,9 @@ pub fn train(
     stop: &Stop,
 ) -> Result<(CausalLm, Summary)> {
     config.check()?;
+    if config.lora_plus != 1.0 && trained.fast().is_empty() {
+        return Err(Error::setting("lora_plus", "needs a method whose factors learn at different rates, such as LoRA"));
+    }
     let mut optimization = Optimization::new(config.weight_decay);
     let (mut model, mut state, mut batches) = (model, State::default(), batches);
     if resume && let Some(path) = checkpoint::newest(dir)? {
@@ -250,7 +253,7 @@ impl Run<'_> {
         }
         let bound = self.config.max_grad_norm;
         let factor = if bound > 0.0 { (bound / (f64::from(norm) + 1e-6)).min(1.0) } else { 1.0 };
-        let rates = Rates { base: learning_rate, plus: self.config.lora_plus };
+        let rates = Rates { base: learning_rate, plus: self.config.lora_plus, fast: self.trained.fast() };
         let model = self.optimization.step(model, grads, rates, factor);
         self.state.step = step;
         self.state.position = batches.position();

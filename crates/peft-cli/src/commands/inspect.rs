@@ -5,15 +5,12 @@ use std::path::Path;
 
 use peft_core::files::{CONFIG_FILE, TENSOR_FILE, peft_type, read_values};
 use peft_core::scan;
-use peft_models::checkpoint::Checkpoint;
 use peft_models::config::ModelConfig;
-use peft_models::gguf::Gguf;
-use peft_models::tokenizer::Tokenizer;
-use peft_models::{CausalLm, ModelSource, Origin, Pretrained};
+use peft_models::{CausalLm, ModelSource};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::model::{architecture, is_tied};
+use crate::model::architecture;
 use crate::output::{bytes, table, thousands};
 use crate::{Context, Error, Result, device, methods};
 
@@ -98,53 +95,6 @@ fn short(key: &str) -> String {
     rest[rest.len().saturating_sub(3)..].join(".")
 }
 
-/// Everything but the values of the weights.
-struct Parts {
-    config: Value,
-    origin: Origin,
-    tokenizer: bool,
-    chat_template: bool,
-}
-
-impl Parts {
-    fn open(name: &str, context: &Context) -> Result<Self> {
-        let source: ModelSource = name.parse()?;
-        Ok(match source {
-            ModelSource::Dir(dir) => {
-                let path = dir.join("config.json");
-                let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-                let config = serde_json::from_str(&text);
-                let config = config.map_err(|e| peft_models::Error::format(&path, format!("not JSON: {e}")))?;
-                let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(&dir)).transpose()?;
-                let chat_template = tokenizer.as_ref().is_some_and(|t| t.chat_template().is_some());
-                Self {
-                    config,
-                    origin: Origin::Checkpoint(Checkpoint::open(&dir)?),
-                    tokenizer: tokenizer.is_some(),
-                    chat_template,
-                }
-            }
-            ModelSource::Gguf(path) => {
-                let gguf = Gguf::open(path)?;
-                let (config, chat_template) = (gguf.config()?, gguf.chat_template().is_some());
-                Self { config, origin: Origin::Gguf(Box::new(gguf)), tokenizer: true, chat_template }
-            }
-            // One is small, the other has to be downloaded anyway.
-            source @ (ModelSource::Tiny | ModelSource::Hub(_)) => {
-                let pretrained = Pretrained::load(&source, &device::open(&context.device)?)?;
-                let chat_template = pretrained.tokenizer().ok().map(|t| t.chat_template().is_some());
-                let Pretrained { config, origin, .. } = pretrained;
-                Self {
-                    config,
-                    origin,
-                    tokenizer: chat_template.is_some(),
-                    chat_template: chat_template.unwrap_or(false),
-                }
-            }
-        })
-    }
-}
-
 /// Layers of one name.
 #[derive(Serialize)]
 struct Adaptable {
@@ -163,11 +113,12 @@ struct Stored {
 }
 
 fn model(name: &str, context: &Context) -> Result<()> {
-    let Parts { config: json, origin, tokenizer, chat_template } = Parts::open(name, context)?;
-    let weights = origin.weights();
-    let config = ModelConfig::from_json(&json, weights.path())?;
+    let files = name.parse::<ModelSource>()?.open()?;
+    let config = files.model_config()?;
+    let tokenizer = files.tokenizer().ok();
+    let chat_template = tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_some());
     let mut dtypes: BTreeMap<&str, Stored> = BTreeMap::new();
-    for info in weights.tensors() {
+    for info in files.origin.weights().tensors() {
         let stored = dtypes.entry(&info.dtype).or_default();
         stored.tensors += 1;
         stored.parameters += info.shape.iter().product::<usize>();
@@ -175,7 +126,7 @@ fn model(name: &str, context: &Context) -> Result<()> {
     }
     let total = |of: fn(&Stored) -> u64| dtypes.values().map(of).sum::<u64>();
     let (parameters, size) = (total(|s| s.parameters as u64) as usize, total(|s| s.bytes));
-    let (family, layers) = (architecture(&json), layers(&config));
+    let (family, layers) = (architecture(&files.config), config.num_layers());
     let modules = adaptable(&config, context)?;
 
     let out = context.output;
@@ -186,14 +137,14 @@ fn model(name: &str, context: &Context) -> Result<()> {
             "{layers} layers, {} tokens, {} positions, {}",
             thousands(config.vocab_size()),
             thousands(config.max_positions()),
-            if is_tied(&config) { "output head tied to the embedding" } else { "output head of its own" }
+            if config.is_tied() { "output head tied to the embedding" } else { "output head of its own" }
         ),
     )?;
     for (dtype, stored) in &dtypes {
         out.field("stored", format_args!("{dtype}: {} tensors, {}", stored.tensors, bytes(stored.bytes)))?;
     }
     let yes = |is: bool| if is { "yes" } else { "no" };
-    out.field("texts", format_args!("tokenizer: {}, chat template: {}", yes(tokenizer), yes(chat_template)))?;
+    out.field("texts", format_args!("tokenizer: {}, chat template: {}", yes(tokenizer.is_some()), yes(chat_template)))?;
     out.line("adaptable modules (for --targets):")?;
     let row = |m: &Adaptable| {
         vec![format!("  {}", m.name), format!("x {}", m.count), m.kind.clone(), format!("{} -> {}", m.d_in, m.d_out)]
@@ -208,18 +159,11 @@ fn model(name: &str, context: &Context) -> Result<()> {
         "layers": layers,
         "vocab_size": config.vocab_size(),
         "max_positions": config.max_positions(),
-        "tied": is_tied(&config),
-        "tokenizer": tokenizer,
+        "tied": config.is_tied(),
+        "tokenizer": tokenizer.is_some(),
         "chat_template": chat_template,
         "modules": modules,
     }))
-}
-
-fn layers(config: &ModelConfig) -> usize {
-    match config {
-        ModelConfig::Llama(llama) => llama.num_hidden_layers,
-        ModelConfig::Gpt2(gpt2) => gpt2.n_layer,
-    }
 }
 
 /// The layers that adapters know, by the last part of their names, in the model's order. Random weights are never made for it.

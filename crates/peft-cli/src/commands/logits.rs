@@ -36,11 +36,12 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let config = pretrained.model.config();
     let (vocab_size, longest) = (config.vocab_size(), config.max_positions());
     if let Some(id) = args.tokens.iter().find(|id| **id as usize >= vocab_size) {
-        let what = format!("--tokens: {id} is out of range; {} has {vocab_size} tokens", pretrained.name);
+        let what = format!("--tokens: {id} is out of range; {} has {vocab_size} tokens", pretrained.files.name);
         return Err(Error::usage(what, format!("ids from 0 to {}", vocab_size - 1)));
     }
     if args.tokens.len() > longest {
-        let what = format!("--tokens: {} of them; {} takes at most {longest}", args.tokens.len(), pretrained.name);
+        let what =
+            format!("--tokens: {} of them; {} takes at most {longest}", args.tokens.len(), pretrained.files.name);
         return Err(Error::usage(what, "give fewer"));
     }
     let ids: Vec<i64> = args.tokens.iter().map(|id| i64::from(*id)).collect();

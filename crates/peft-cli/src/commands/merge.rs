@@ -9,7 +9,7 @@ use peft_models::weights::Weights;
 use peft_models::{Origin, Pretrained};
 use serde_json::{Value, json};
 
-use crate::model::{adapted_keys, for_adapter, is_inside, is_tied, load};
+use crate::model::{adapted_keys, for_adapter, is_inside, load};
 use crate::output::quoted;
 use crate::{Context, Error, Result, device, methods};
 
@@ -42,9 +42,9 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let method = methods::of_adapter(&args.adapter)?;
     let keys = adapted_keys(&args.adapter)?;
     let mut pretrained = load(&args.model, &device)?;
-    let tied = is_tied(&pretrained.model.config());
+    let tied = pretrained.model.config().is_tied();
     let model = for_adapter(pretrained.model, &args.adapter)?;
-    let untied = tied && !is_tied(&model.config());
+    let untied = tied && !model.config().is_tied();
     if !untied && tied && keys.iter().any(|key| is_inside(key, "transformer.wte")) {
         let what = format!(
             "{}: the adapter changes the embedding table, which is also the output head of GPT-2",
@@ -54,7 +54,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     pretrained.model = method.merge(model, &args.adapter)?;
     if untied {
-        pretrained.config["tie_word_embeddings"] = Value::Bool(false);
+        pretrained.files.config["tie_word_embeddings"] = Value::Bool(false);
     }
     let changed = |name: &str| {
         let module = name.rsplit_once('.').map_or("", |(module, _)| module);
@@ -72,10 +72,10 @@ fn write(merged: &Pretrained, changed: impl Fn(&str) -> bool, out: &Path) -> Res
     let tokenizer = merged.tokenizer().ok();
     let tensors = export_weights(&merged.model, changed)?;
     let count = tensors.len();
-    match &merged.origin {
-        Origin::Gguf(_) => save_model(&merged.model, &merged.config, tokenizer, Dtype::F16, out)?,
+    match &merged.files.origin {
+        Origin::Gguf(_) => save_model(&merged.model, &merged.files.config, tokenizer, Dtype::F16, out)?,
         Origin::Checkpoint(base) => {
-            rewrite(base, as_named_in(base, tensors), &merged.config, tokenizer, out)?;
+            rewrite(base, as_named_in(base, tensors), &merged.files.config, tokenizer, out)?;
             // It names the tokens at which generation ends, which the other files need not do.
             let (name, dir) = ("generation_config.json", base.path());
             if dir.join(name).is_file() {

@@ -76,12 +76,12 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let Samples { train: samples, held_out, report } = data.samples(&reading, &settings)?;
     let parameters = adapted.trainable();
     let screen = context.output;
-    let family = model::architecture(&pretrained.config);
+    let family = model::architecture(&pretrained.files.config);
     screen.field(
         "model",
         format_args!(
             "{}: {family}, {} parameters, on {name}",
-            pretrained.name,
+            pretrained.files.name,
             thousands(pretrained.model.trainable().total)
         ),
     )?;
@@ -97,7 +97,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     out.prepare()?;
     settings.save(out.dir)?;
     let stop = interrupt::watch()?;
-    let trained = method.trained(&pretrained.name);
+    let trained = method.trained(&pretrained.files.name);
     let (_, mut summary) =
         train(adapted, trained.as_ref(), batches, held_out.as_ref(), &config, out.dir, args.resume, &device, &stop)?;
     // A run that was resumed was first measured by the run before it.
@@ -247,7 +247,7 @@ fn tell(summary: &Summary, pretrained: &Pretrained, data: &Data, settings: &Sett
     if summary.outcome == Outcome::Interrupted {
         return screen.field("resume", format_args!("peft train --out {out} --resume"));
     }
-    let model = quoted(&pretrained.name);
+    let model = quoted(&pretrained.files.name);
     let prompt =
         if data.is_chat() && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
     screen.field("next", format_args!("peft generate --model {model} --adapter {out} {prompt} \"…\""))?;
