@@ -48,6 +48,28 @@ fn an_adapter_cut_short_anywhere_is_refused() {
 }
 
 #[test]
+fn a_field_of_another_type_is_named() {
+    for (field, value, expected) in [
+        ("r", serde_json::json!("x"), "r is \"x\": invalid type"),
+        (
+            "target_modules",
+            serde_json::json!(5),
+            "target_modules is 5: expected a regular expression or a list of names",
+        ),
+        (
+            "layers_to_transform",
+            serde_json::json!("last"),
+            "layers_to_transform is \"last\": expected one value or a list",
+        ),
+    ] {
+        let dir = adapter();
+        edit_config(dir.path(), |config| drop(config.insert(field.to_owned(), value.clone())));
+        let message = refused(dir.path());
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
 fn a_model_cut_short_anywhere_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     copy(&testdata().join("models/llama"), dir.path());

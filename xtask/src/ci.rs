@@ -156,8 +156,10 @@ fn doctest() -> Result<()> {
 }
 
 fn backends() -> Result<()> {
-    let all = [Backend::Flex, Backend::Ndarray, Backend::Vulkan];
-    test_backends::test(&all, &all, false, BACKEND_LIMIT, &BUILD)
+    // Software Vulkan comes from Debian; on another system it is named as skipped.
+    let everywhere = [Backend::Flex, Backend::Ndarray];
+    let all = [&everywhere[..], &[Backend::Vulkan]].concat();
+    test_backends::test(&all, &everywhere, false, BACKEND_LIMIT, &BUILD)
 }
 
 fn examples() -> Result<()> {

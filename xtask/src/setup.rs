@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: what a backend needs on a machine without it.
 //!
-//! - `vulkan`: `SwiftShader`, a Vulkan device in software, taken out of Debian's `chromium-common` (only the loader is installed). Mesa's
-//!   lavapipe crashes inside the driver on the SPIR-V that `CubeCL` writes; `SwiftShader` runs it, but some matrix products come out wrong.
+//! - `vulkan`: `SwiftShader`, a Vulkan device in software, taken out of Debian's `chromium-common` (only the loader is installed). It needs
+//!   the correction of [`crate::corrected`].
 //! - `wgpu`: Mesa's lavapipe, which runs the WGSL path.
 //! - `llvm`: the static LLVM SDK that the features `cuda` and `cpu` link. Their build script would download it; this takes it from two
 //!   Python wheels instead, which works wherever a package index is reachable.

@@ -148,7 +148,7 @@ impl<M: Method> AdapterFile<M> {
         let (base_model, task_type) = (text("base_model_name_or_path"), text("task_type"));
         // PEFT writes null for "the default", which serde would refuse in a field that is no option.
         let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
-        let method: M = serde_json::from_value(Value::Object(json)).map_err(|e| Error::format(&path, e.to_string()))?;
+        let method: M = parse(&json).map_err(|e| Error::format(&path, culprit::<M>(&json) + &e.to_string()))?;
         method.check()?;
         let strip =
             |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
@@ -210,6 +210,18 @@ pub fn write_atomically(dir: &Path, files: &[(&str, &[u8])]) -> Result<()> {
         file.persist(&path).map_err(|e| Error::Io { path: path.clone(), source: e.error })?;
     }
     Ok(())
+}
+
+fn parse<M: Method>(json: &Map<String, Value>) -> serde_json::Result<M> {
+    serde_json::from_value(Value::Object(json.clone()))
+}
+
+/// The field without which the configuration could be read, for a message: serde does not say which it stumbled over.
+fn culprit<M: Method>(json: &Map<String, Value>) -> String {
+    let without =
+        |field: &String| json.iter().filter(|(key, _)| *key != field).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let field = json.keys().find(|field| parse::<M>(&without(field)).is_ok());
+    field.map_or_else(String::new, |field| format!("{field} is {}: ", json[field]))
 }
 
 fn read_config(path: &Path) -> Result<Map<String, Value>> {

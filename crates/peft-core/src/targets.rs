@@ -10,7 +10,7 @@ use crate::{Error, LayerKind, Result};
 
 /// A regular expression that must match a whole name, or a list of dotted suffixes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a regular expression or a list of names")]
 pub enum Names {
     /// A regular expression over the whole module name; `all-linear` stands for every linear layer but the output head.
     Pattern(String),
@@ -20,7 +20,7 @@ pub enum Names {
 
 /// One value or several, as Hugging Face's files hold both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one value or a list of them")]
 pub enum OneOrMany<T> {
     /// `3`
     One(T),
