@@ -1,0 +1,136 @@
+//! Code books: what the numbers of a packed tensor stand for, in the numbers of bitsandbytes.
+
+use std::sync::LazyLock;
+
+/// A code of 4 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code4 {
+    /// Quantiles of a normal distribution, with an exact zero. Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.
+    Nf4,
+    /// One bit of sign, two of exponent, one of mantissa, as bitsandbytes scales and orders them.
+    Fp4,
+}
+
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// Twelfths.
+const FP4: [f32; 16] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0];
+
+impl Code4 {
+    /// The value of each code, in `-1..=1`; a block's largest magnitude scales it.
+    pub fn values(self) -> &'static [f32; 16] {
+        static FP4_VALUES: LazyLock<[f32; 16]> = LazyLock::new(|| FP4.map(|twelfths| twelfths / 12.0));
+        match self {
+            Self::Nf4 => &NF4,
+            Self::Fp4 => &FP4_VALUES,
+        }
+    }
+
+    /// For finding the nearest code.
+    pub(crate) fn nearest(self) -> &'static Nearest<16> {
+        static TABLES: LazyLock<[Nearest<16>; 2]> =
+            LazyLock::new(|| [Code4::Nf4, Code4::Fp4].map(|code| Nearest::of(code.values())));
+        &TABLES[usize::from(self == Self::Fp4)]
+    }
+}
+
+/// The map of 8 bits with which block statistics are packed: seven decades, finer towards one, both signs. Dettmers 2015, arXiv:1511.04561.
+pub fn dynamic_map() -> &'static [f32; 256] {
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+        let mut values = vec![0.0, 1.0];
+        for decade in 0..7_u8 {
+            let count = 1_u16 << decade;
+            // Evenly spaced from both ends with fused multiply-adds, as PyTorch's linspace is: otherwise 21 values are off in their last bit.
+            let step = (1.0_f32 - 0.1) / f32::from(count);
+            let half = count.div_ceil(2);
+            let edge = |k: u16| {
+                if k < half { step.mul_add(f32::from(k), 0.1) } else { (-step).mul_add(f32::from(count - k), 1.0) }
+            };
+            let scale = 10.0_f64.powi(i32::from(decade) - 6) as f32;
+            values.extend((0..count).flat_map(|k| {
+                let middle = (edge(k) + edge(k + 1)) / 2.0 * scale;
+                [middle, -middle]
+            }));
+        }
+        values.sort_by(f32::total_cmp);
+        let mut map = [0.0; 256];
+        map.copy_from_slice(&values);
+        map
+    });
+    &MAP
+}
+
+/// Finds nearest codes: midpoints between the values in their order, and the code of each place in that order.
+#[derive(Debug)]
+pub(crate) struct Nearest<const N: usize> {
+    midpoints: Vec<f32>,
+    order: [u8; N],
+}
+
+impl<const N: usize> Nearest<N> {
+    pub(crate) fn of(values: &[f32; N]) -> Self {
+        let mut order: [u8; N] = std::array::from_fn(|code| code as u8);
+        // Positive zero goes before negative zero where a code has both: equal values keep their order.
+        order.sort_by(|a, b| {
+            values[usize::from(*a)].partial_cmp(&values[usize::from(*b)]).unwrap_or(std::cmp::Ordering::Equal)
+        });
+        let at = |place: usize| values[usize::from(order[place])];
+        let midpoints = (1..N).map(|place| (at(place - 1) + at(place)) / 2.0).collect();
+        Self { midpoints, order }
+    }
+
+    /// The code whose value is nearest; of two that are equally near, the lower.
+    pub(crate) fn code(&self, value: f32) -> u8 {
+        self.order[self.midpoints.partition_point(|midpoint| *midpoint < value)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    fn sha256(values: &[f32]) -> String {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn tables_are_those_of_bitsandbytes_bit_for_bit() {
+        assert_eq!(sha256(&NF4), "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a");
+        assert_eq!(sha256(dynamic_map()), "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c");
+    }
+
+    #[test]
+    fn nearest_is_nearest_and_ties_go_down() {
+        let nf4 = Code4::Nf4.nearest();
+        for (code, value) in NF4.iter().enumerate() {
+            assert_eq!(usize::from(nf4.code(*value)), code);
+        }
+        assert_eq!([nf4.code(-2.0), nf4.code((NF4[7] + NF4[8]) / 2.0), nf4.code(2.0)], [0, 7, 15]);
+        let fp4 = Code4::Fp4.nearest();
+        for value in [-1.0, -0.4, -0.1, -0.001, 0.0, 0.003, 0.2, 0.9] {
+            let distance = |code: u8| (Code4::Fp4.values()[usize::from(code)] - value).abs();
+            let best = (0..16).map(distance).fold(f32::INFINITY, f32::min);
+            assert_eq!(distance(fp4.code(value)), best, "{value}");
+        }
+    }
+}
