@@ -54,6 +54,9 @@ impl Layer<'_> {
 /// The formula of an adapted layer's output, `[rows, d_out]`.
 type Reference<M> = fn(&M, &Layer<'_>) -> peft_core::Result<Matrix>;
 
+/// One rounding of an f32 value, with a margin for what follows it.
+const ONE_ROUNDING: f64 = 1e-6;
+
 /// Relative deviation of f32 sums in another order.
 const ROUNDING: f64 = 1e-5;
 
@@ -68,6 +71,8 @@ pub struct Laws<M> {
     params: fn(&M, &Site) -> usize,
     bad_value: (&'static str, Value),
     reference: Option<Reference<M>>,
+    /// How far a fresh adapter may move the output.
+    identity: f64,
     skips: Vec<(&'static str, String)>,
 }
 
@@ -75,7 +80,15 @@ impl<M: Method> Laws<M> {
     /// `params` is the documented number of values that the method trains in a layer; `bad_value` a field of the configuration with a
     /// value that the method must refuse.
     pub fn new(method: M, params: fn(&M, &Site) -> usize, bad_value: (&'static str, Value)) -> Self {
-        Self { method, params, bad_value, reference: None, skips: Vec::new() }
+        Self { method, params, bad_value, reference: None, identity: 0.0, skips: Vec::new() }
+    }
+
+    /// For a device that fuses operations into kernels: its driver may round a product and a sum once instead of twice, so a fresh adapter is
+    /// the identity up to that, and not bit for bit.
+    #[must_use]
+    pub fn fused(mut self) -> Self {
+        self.identity = ONE_ROUNDING;
+        self
     }
 
     /// States the method's formula, to be held against both seams in double precision.

@@ -85,6 +85,9 @@ fn main() -> ExitCode {
     let slow =
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let mut laws = statement::laws(statement::lora());
+    if !matches!(arguments.device, Name::Flex | Name::Ndarray) {
+        laws = laws.fused();
+    }
     if let Some(reason) = slow {
         laws = laws.skip("encoder", reason);
     }
