@@ -1,14 +1,21 @@
 //! Code books: what the numbers of a packed tensor stand for, in the numbers of bitsandbytes.
 
+use std::cmp::Ordering;
 use std::sync::LazyLock;
 
-/// A code of 4 bits.
+/// What the number of a packed value stands for; a block's scale multiplies it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Code4 {
-    /// Quantiles of a normal distribution, with an exact zero. Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.
+pub enum Code {
+    /// 4 bits: quantiles of a normal distribution, with an exact zero. Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E.
     Nf4,
-    /// One bit of sign, two of exponent, one of mantissa, as bitsandbytes scales and orders them.
+    /// 4 bits: one of sign, two of exponent, one of mantissa, as bitsandbytes scales and orders them.
     Fp4,
+    /// 4 bits: 16 equal levels from the negative to the positive scale; none of them is zero.
+    Int4,
+    /// 4 bits: 16 equal levels from the block's smallest to its largest value.
+    Int4Affine,
+    /// 8 bits: `q / 127` for the signed number `q` in `-127..=127`, stored as `q + 127`.
+    Int8,
 }
 
 const NF4: [f32; 16] = [
@@ -31,23 +38,49 @@ const NF4: [f32; 16] = [
 ];
 
 /// Twelfths.
-const FP4: [f32; 16] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0];
+const FP4: [f32; 16] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0];
 
-impl Code4 {
-    /// The value of each code, in `-1..=1`; a block's largest magnitude scales it.
-    pub fn values(self) -> &'static [f32; 16] {
-        static FP4_VALUES: LazyLock<[f32; 16]> = LazyLock::new(|| FP4.map(|twelfths| twelfths / 12.0));
-        match self {
-            Self::Nf4 => &NF4,
-            Self::Fp4 => &FP4_VALUES,
-        }
+/// Everything that packing and unpacking needs of a code.
+struct Table {
+    values: Vec<f32>,
+    nearest: Nearest,
+}
+
+impl Table {
+    fn new(values: impl IntoIterator<Item = f32>) -> Self {
+        let values: Vec<f32> = values.into_iter().collect();
+        Self { nearest: Nearest::of(&values), values }
+    }
+}
+
+impl Code {
+    fn table(self) -> &'static Table {
+        static TABLES: LazyLock<[Table; 5]> = LazyLock::new(|| {
+            let level = |level: u8| f32::from(level) / 15.0;
+            [
+                Table::new(NF4),
+                Table::new(FP4.map(|twelfths| twelfths / 12.0)),
+                Table::new((0..16).map(|code| 2.0 * level(code) - 1.0)),
+                Table::new((0..16).map(level)),
+                Table::new((0..255_u8).map(|code| (f32::from(code) - 127.0) / 127.0)),
+            ]
+        });
+        &TABLES[self as usize]
     }
 
-    /// For finding the nearest code.
-    pub(crate) fn nearest(self) -> &'static Nearest<16> {
-        static TABLES: LazyLock<[Nearest<16>; 2]> =
-            LazyLock::new(|| [Code4::Nf4, Code4::Fp4].map(|code| Nearest::of(code.values())));
-        &TABLES[usize::from(self == Self::Fp4)]
+    /// The value of each number.
+    pub fn values(self) -> &'static [f32] {
+        &self.table().values
+    }
+
+    /// Bits of a number.
+    pub fn bits(self) -> usize {
+        if self == Self::Int8 { 8 } else { 4 }
+    }
+
+    /// For finding the nearest number.
+    pub(crate) fn nearest(self) -> &'static Nearest {
+        &self.table().nearest
     }
 }
 
@@ -79,20 +112,18 @@ pub fn dynamic_map() -> &'static [f32; 256] {
 
 /// Finds nearest codes: midpoints between the values in their order, and the code of each place in that order.
 #[derive(Debug)]
-pub(crate) struct Nearest<const N: usize> {
+pub(crate) struct Nearest {
     midpoints: Vec<f32>,
-    order: [u8; N],
+    order: Vec<u8>,
 }
 
-impl<const N: usize> Nearest<N> {
-    pub(crate) fn of(values: &[f32; N]) -> Self {
-        let mut order: [u8; N] = std::array::from_fn(|code| code as u8);
-        // Positive zero goes before negative zero where a code has both: equal values keep their order.
-        order.sort_by(|a, b| {
-            values[usize::from(*a)].partial_cmp(&values[usize::from(*b)]).unwrap_or(std::cmp::Ordering::Equal)
-        });
-        let at = |place: usize| values[usize::from(order[place])];
-        let midpoints = (1..N).map(|place| (at(place - 1) + at(place)) / 2.0).collect();
+impl Nearest {
+    pub(crate) fn of(values: &[f32]) -> Self {
+        let mut order: Vec<u8> = (0..=u8::MAX).take(values.len()).collect();
+        let at = |code: u8| values[usize::from(code)];
+        // Equal values keep their order: FP4 has two zeros, and the first is taken.
+        order.sort_by(|a, b| at(*a).partial_cmp(&at(*b)).unwrap_or(Ordering::Equal));
+        let midpoints = order.windows(2).map(|pair| (at(pair[0]) + at(pair[1])) / 2.0).collect();
         Self { midpoints, order }
     }
 
@@ -120,15 +151,22 @@ mod tests {
     }
 
     #[test]
-    fn nearest_is_nearest_and_ties_go_down() {
-        let nf4 = Code4::Nf4.nearest();
-        for (code, value) in NF4.iter().enumerate() {
-            assert_eq!(usize::from(nf4.code(*value)), code);
+    fn every_value_is_its_own_nearest() {
+        for code in [Code::Nf4, Code::Int4, Code::Int4Affine, Code::Int8] {
+            let numbers = code.values().iter().map(|value| usize::from(code.nearest().code(*value)));
+            assert!(numbers.eq(0..code.values().len()), "{code:?}");
+            assert!(code.values().len() <= 1 << code.bits());
         }
+        assert_eq!([Code::Int4.values()[0], Code::Int4.values()[15], Code::Int8.values()[127]], [-1.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn nearest_is_nearest_and_ties_go_down() {
+        let nf4 = Code::Nf4.nearest();
         assert_eq!([nf4.code(-2.0), nf4.code((NF4[7] + NF4[8]) / 2.0), nf4.code(2.0)], [0, 7, 15]);
-        let fp4 = Code4::Fp4.nearest();
+        let fp4 = Code::Fp4.nearest();
         for value in [-1.0, -0.4, -0.1, -0.001, 0.0, 0.003, 0.2, 0.9] {
-            let distance = |code: u8| (Code4::Fp4.values()[usize::from(code)] - value).abs();
+            let distance = |code: u8| (Code::Fp4.values()[usize::from(code)] - value).abs();
             let best = (0..16).map(distance).fold(f32::INFINITY, f32::min);
             assert_eq!(distance(fp4.code(value)), best, "{value}");
         }

@@ -1,14 +1,16 @@
-//! Tensors of 4-bit codes with a scale for each block: `w ≈ code[q]·absmax`. Dettmers et al. 2023, arXiv:2305.14314, section 3.
+//! Tensors of codes with a scale for each block: `w ≈ code[q]·absmax`. Dettmers et al. 2023, arXiv:2305.14314, section 3.
 //!
-//! The arithmetic follows bitsandbytes on the CPU, so that the same weights give the same bytes: a whole block is multiplied by the
+//! For NF4 and FP4 the arithmetic follows bitsandbytes on the CPU, so that the same weights give the same bytes: a whole block is multiplied by the
 //! reciprocal of its scale, the last short one is divided by it.
+
+use std::borrow::Cow;
 
 use crate::code::Nearest;
 use crate::mean::mean;
-use crate::{Code4, dynamic_map};
+use crate::{Code, dynamic_map};
 
 /// Blocks of statistics that share a second scale.
-const NESTED_BLOCK: usize = 256;
+pub(crate) const NESTED_BLOCK: usize = 256;
 
 /// Block sizes that bitsandbytes knows.
 const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
@@ -20,8 +22,33 @@ const SMALLEST: f32 = 1e-38;
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A block size that the format does not have.
-    #[error("block size: expected a power of two in 32..=4096, found {0}")]
-    Block(usize),
+    #[error("block size: expected {expected}, found {found}")]
+    Block {
+        /// What the code allows.
+        expected: &'static str,
+        /// What was asked for.
+        found: usize,
+    },
+    /// Statistics that the code has not.
+    #[error("{0:?} has other block statistics")]
+    Statistics(Code),
+    /// A checkpoint lacks a tensor.
+    #[error("{name} is missing")]
+    Missing {
+        /// Its name.
+        name: String,
+    },
+    /// A packed weight of a checkpoint that makes no sense.
+    #[error("{name}: {what}")]
+    Malformed {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A number that the code has no value for.
+    #[error("the number {0} stands for no value")]
+    Number(u8),
     /// A part that does not fit the rest.
     #[error("{what}: expected {expected}, found {found}")]
     Length {
@@ -56,12 +83,19 @@ pub enum Statistics {
         /// The mean of the largest magnitudes.
         offset: f32,
     },
+    /// For [`Code::Int4Affine`]: `w ≈ code[q]·range + low`.
+    Affine {
+        /// Distance from the smallest to the largest value of each block.
+        ranges: Vec<f32>,
+        /// The smallest value of each block.
+        lows: Vec<f32>,
+    },
 }
 
 /// Packed values in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Packed {
-    code: Code4,
+    code: Code,
     block: usize,
     len: usize,
     codes: Vec<u8>,
@@ -71,59 +105,86 @@ pub struct Packed {
 impl Packed {
     /// Packs `values` in blocks of `block`; `nested` packs the block statistics as well.
     ///
+    /// `block` is a power of two in `32..=4096`; for [`Code::Int8`] it may also be any other, for instance the length of a row.
+    ///
     /// # Errors
-    /// When `block` is none that exists or a value is not finite.
-    pub fn pack(values: &[f32], code: Code4, block: usize, nested: bool) -> Result<Self, Error> {
-        check_block(block)?;
+    /// When `block` is none of these, a value is not finite, or `nested` is asked of [`Code::Int4Affine`].
+    pub fn pack(values: &[f32], code: Code, block: usize, nested: bool) -> Result<Self, Error> {
+        check_block(code, block)?;
         if let Some((index, value)) = values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
             return Err(Error::NotFinite { index, value: *value });
         }
         let nearest = code.nearest();
-        let (mut absmax, mut each) =
-            (Vec::with_capacity(values.len().div_ceil(block)), Vec::with_capacity(values.len() + 1));
-        for values in values.chunks(block) {
-            let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-            if values.len() == block {
-                let reciprocal = 1.0 / largest.max(SMALLEST);
-                absmax.push(largest);
-                each.extend(values.iter().map(|value| nearest.code((value * reciprocal).clamp(-1.0, 1.0))));
-            } else {
-                let scale = largest.max(SMALLEST);
-                absmax.push(scale);
-                each.extend(values.iter().map(|value| nearest.code((value / scale).clamp(-1.0, 1.0))));
+        let mut each = Vec::with_capacity(values.len() + 1);
+        let statistics = if code == Code::Int4Affine {
+            if nested {
+                return Err(Error::Statistics(code));
             }
-        }
-        if values.len() % 2 == 1 {
-            each.push(nearest.code(0.0));
-        }
-        let codes = each.as_chunks::<2>().0.iter().map(|[first, second]| first << 4 | second).collect();
-        let statistics = if nested { nest(&absmax) } else { Statistics::Plain(absmax) };
+            let (mut ranges, mut lows) = (Vec::new(), Vec::new());
+            for values in values.chunks(block) {
+                let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+                let range = values.iter().copied().fold(f32::NEG_INFINITY, f32::max) - low;
+                each.extend(values.iter().map(|value| nearest.code((value - low) / range.max(SMALLEST))));
+                ranges.push(range);
+                lows.push(low);
+            }
+            Statistics::Affine { ranges, lows }
+        } else {
+            let mut absmax = Vec::with_capacity(values.len().div_ceil(block));
+            for values in values.chunks(block) {
+                let largest = largest(values);
+                let scale = largest.max(SMALLEST);
+                let whole = values.len() == block;
+                let scaled = |value: &f32| if whole { value * (1.0 / scale) } else { value / scale };
+                each.extend(values.iter().map(|value| nearest.code(scaled(value).clamp(-1.0, 1.0))));
+                absmax.push(if whole { largest } else { scale });
+            }
+            if nested { nest(&absmax) } else { Statistics::Plain(absmax) }
+        };
+        let codes = if code.bits() == 8 {
+            each
+        } else {
+            if each.len() % 2 == 1 {
+                each.push(nearest.code(0.0));
+            }
+            each.as_chunks::<2>().0.iter().map(|[first, second]| first << 4 | second).collect()
+        };
         Ok(Self { code, block, len: values.len(), codes, statistics })
     }
 
     /// A packed tensor of `len` values out of its parts, for instance those of a file.
     ///
     /// # Errors
-    /// When a part has not the length that `len` and `block` ask for.
+    /// When a part has not the length that `len` and `block` ask for, or a number has no value.
     pub fn from_parts(
-        code: Code4,
+        code: Code,
         block: usize,
         len: usize,
         codes: Vec<u8>,
         statistics: Statistics,
     ) -> Result<Self, Error> {
-        check_block(block)?;
+        check_block(code, block)?;
         let blocks = len.div_ceil(block);
         let length = |what, expected, found| {
             if expected == found { Ok(()) } else { Err(Error::Length { what, expected, found }) }
         };
-        length("bytes of codes", len.div_ceil(2), codes.len())?;
+        length("bytes of codes", (len * code.bits()).div_ceil(8), codes.len())?;
         match &statistics {
-            Statistics::Plain(absmax) => length("block scales", blocks, absmax.len())?,
-            Statistics::Nested { codes, scales, .. } => {
+            Statistics::Affine { ranges, lows } if code == Code::Int4Affine => {
+                length("ranges", blocks, ranges.len())?;
+                length("smallest values", blocks, lows.len())?;
+            }
+            Statistics::Plain(absmax) if code != Code::Int4Affine => length("block scales", blocks, absmax.len())?,
+            Statistics::Nested { codes, scales, .. } if code != Code::Int4Affine => {
                 length("packed block scales", blocks, codes.len())?;
                 length("scales of block scales", blocks.div_ceil(NESTED_BLOCK), scales.len())?;
             }
+            _ => return Err(Error::Statistics(code)),
+        }
+        if let Some(number) =
+            codes.iter().find(|number| code == Code::Int8 && usize::from(**number) >= code.values().len())
+        {
+            return Err(Error::Number(*number));
         }
         Ok(Self { code, block, len, codes, statistics })
     }
@@ -131,13 +192,21 @@ impl Packed {
     /// The values.
     pub fn unpack(&self) -> Vec<f32> {
         let values = self.code.values();
-        let absmax = self.statistics.absmax();
-        let each = self.codes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-        each.take(self.len).enumerate().map(|(at, code)| values[usize::from(code)] * absmax[at / self.block]).collect()
+        let (scales, lows) = self.statistics.scales_and_lows();
+        let value = |(at, number): (usize, u8)| {
+            let product = values[usize::from(number)] * scales[at / self.block];
+            lows.map_or(product, |lows| product + lows[at / self.block])
+        };
+        if self.code.bits() == 8 {
+            self.codes.iter().copied().enumerate().map(value).collect()
+        } else {
+            let each = self.codes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+            each.take(self.len).enumerate().map(value).collect()
+        }
     }
 
-    /// What the codes stand for.
-    pub fn code(&self) -> Code4 {
+    /// What the numbers stand for.
+    pub fn code(&self) -> Code {
         self.code
     }
 
@@ -156,7 +225,7 @@ impl Packed {
         self.len == 0
     }
 
-    /// Two codes a byte, the first in the upper half.
+    /// The numbers: of 4 bits, two to a byte, the first in the upper half.
     pub fn codes(&self) -> &[u8] {
         &self.codes
     }
@@ -173,14 +242,15 @@ impl Packed {
 }
 
 impl Statistics {
-    /// The scale of each block in f32.
-    pub fn absmax(&self) -> Vec<f32> {
+    /// The scale of each block in f32, and its smallest value where that is not the negative scale.
+    pub fn scales_and_lows(&self) -> (Cow<'_, [f32]>, Option<&[f32]>) {
         match self {
-            Self::Plain(absmax) => absmax.clone(),
+            Self::Plain(absmax) => (Cow::Borrowed(absmax), None),
+            Self::Affine { ranges, lows } => (Cow::Borrowed(ranges), Some(lows)),
             Self::Nested { codes, scales, offset } => {
                 let value =
                     |(at, code): (usize, &u8)| dynamic_map()[usize::from(*code)] * scales[at / NESTED_BLOCK] + offset;
-                codes.iter().enumerate().map(value).collect()
+                (codes.iter().enumerate().map(value).collect(), None)
             }
         }
     }
@@ -188,13 +258,24 @@ impl Statistics {
     fn bytes(&self) -> usize {
         match self {
             Self::Plain(absmax) => 4 * absmax.len(),
+            Self::Affine { ranges, lows } => 4 * (ranges.len() + lows.len()),
             Self::Nested { codes, scales, .. } => codes.len() + 4 * scales.len() + 4,
         }
     }
 }
 
-fn check_block(block: usize) -> Result<(), Error> {
-    if BLOCKS.contains(&block) { Ok(()) } else { Err(Error::Block(block)) }
+fn check_block(code: Code, block: usize) -> Result<(), Error> {
+    let expected = match code {
+        _ if BLOCKS.contains(&block) => return Ok(()),
+        Code::Int8 if block > 0 => return Ok(()),
+        Code::Int8 => "a positive number",
+        _ => "a power of two in 32..=4096",
+    };
+    Err(Error::Block { expected, found: block })
+}
+
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
 }
 
 /// Packs block statistics: their mean is taken off, the rest goes through the 8-bit map.
@@ -204,7 +285,7 @@ fn nest(absmax: &[f32]) -> Statistics {
     let (mut codes, mut scales) = (Vec::with_capacity(absmax.len()), Vec::new());
     for block in absmax.chunks(NESTED_BLOCK) {
         let rest: Vec<f32> = block.iter().map(|value| value - offset).collect();
-        let largest = rest.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        let largest = largest(&rest);
         let reciprocal = 1.0 / largest.max(SMALLEST);
         scales.push(largest);
         codes.extend(rest.iter().map(|value| nearest.code(value * reciprocal)));
@@ -229,8 +310,8 @@ mod tests {
     #[test]
     fn errors_are_those_that_bitsandbytes_publishes() {
         let published = [
-            (Code4::Nf4, [0.067_746, 0.072_798, 0.076_831, 0.080_337, 0.083_547, 0.086_610, 0.089_592, 0.092_547]),
-            (Code4::Fp4, [0.088_925, 0.096_543, 0.102_969, 0.108_684, 0.114_115, 0.119_333, 0.124_556, 0.129_536]),
+            (Code::Nf4, [0.067_746, 0.072_798, 0.076_831, 0.080_337, 0.083_547, 0.086_610, 0.089_592, 0.092_547]),
+            (Code::Fp4, [0.088_925, 0.096_543, 0.102_969, 0.108_684, 0.114_115, 0.119_333, 0.124_556, 0.129_536]),
         ];
         let values = normal(1 << 20);
         for (code, errors) in published {
@@ -247,7 +328,7 @@ mod tests {
 
     #[test]
     fn double_quantisation_takes_4_127_bits() {
-        let packed = Packed::pack(&normal(1 << 20), Code4::Nf4, 64, true).unwrap();
+        let packed = Packed::pack(&normal(1 << 20), Code::Nf4, 64, true).unwrap();
         assert_eq!(packed.bytes(), 524_288 + 16_384 + 256 + 4);
         assert!(8.0 * packed.bytes() as f64 / packed.len() as f64 - 4.127 < 1e-3);
     }
@@ -255,24 +336,48 @@ mod tests {
     #[test]
     fn zeros_stay_zeros_and_what_cannot_be_packed_is_refused() {
         for nested in [false, true] {
-            assert_eq!(Packed::pack(&[0.0; 75], Code4::Nf4, 64, nested).unwrap().unpack(), [0.0; 75]);
+            assert_eq!(Packed::pack(&[0.0; 75], Code::Nf4, 64, nested).unwrap().unpack(), [0.0; 75]);
         }
-        assert!(Packed::pack(&[], Code4::Nf4, 64, true).unwrap().unpack().is_empty());
-        assert_eq!(Packed::pack(&[0.0], Code4::Nf4, 48, false), Err(Error::Block(48)));
-        let error = Packed::pack(&[0.0, f32::INFINITY], Code4::Nf4, 64, false).unwrap_err().to_string();
+        assert!(Packed::pack(&[], Code::Nf4, 64, true).unwrap().unpack().is_empty());
+        assert_eq!(
+            Packed::pack(&[0.0], Code::Nf4, 48, false),
+            Err(Error::Block { expected: "a power of two in 32..=4096", found: 48 })
+        );
+        let error = Packed::pack(&[0.0, f32::INFINITY], Code::Nf4, 64, false).unwrap_err().to_string();
         assert_eq!(error, "value 1 is inf; only finite weights can be packed");
+    }
+
+    /// No value is further off than half a step of its block; an affine step is the smaller one where a block has one sign.
+    #[test]
+    fn equal_levels_are_off_by_half_a_step_at_most() {
+        let values: Vec<f32> = normal(1000).iter().map(|value| 3.0 + value).collect();
+        for (code, block, steps) in
+            [(Code::Int4, 64, 15.0 / 2.0), (Code::Int4Affine, 32, 15.0), (Code::Int8, 100, 127.0)]
+        {
+            let packed = Packed::pack(&values, code, block, false).unwrap();
+            let (scales, _) = packed.statistics().scales_and_lows();
+            for (at, (value, unpacked)) in values.iter().zip(packed.unpack()).enumerate() {
+                let half = scales[at / block] / steps / 2.0;
+                assert!((value - unpacked).abs() <= half * 1.0001, "{code:?} at {at}: {value} became {unpacked}");
+            }
+        }
+        assert_eq!(Packed::pack(&values, Code::Int4Affine, 64, true), Err(Error::Statistics(Code::Int4Affine)));
+        let odd = Packed::pack(&values[..5], Code::Int8, 5, true).unwrap();
+        assert_eq!((odd.codes().len(), odd.unpack().len()), (5, 5));
+        let number = Packed::from_parts(Code::Int8, 5, 1, vec![255], Statistics::Plain(vec![1.0]));
+        assert_eq!(number, Err(Error::Number(255)));
     }
 
     #[test]
     fn parts_must_fit() {
-        let packed = Packed::pack(&normal(91), Code4::Nf4, 32, true).unwrap();
+        let packed = Packed::pack(&normal(91), Code::Nf4, 32, true).unwrap();
         let again =
-            |len, codes: &[u8]| Packed::from_parts(Code4::Nf4, 32, len, codes.to_vec(), packed.statistics().clone());
+            |len, codes: &[u8]| Packed::from_parts(Code::Nf4, 32, len, codes.to_vec(), packed.statistics().clone());
         assert_eq!(again(91, packed.codes()).unwrap(), packed);
         assert!(
             again(91, &packed.codes()[1..]).unwrap_err().to_string().contains("bytes of codes: expected 46, found 45")
         );
         let short = Statistics::Plain(vec![1.0]);
-        assert!(Packed::from_parts(Code4::Nf4, 32, 91, packed.codes().to_vec(), short).is_err());
+        assert!(Packed::from_parts(Code::Nf4, 32, 91, packed.codes().to_vec(), short).is_err());
     }
 }

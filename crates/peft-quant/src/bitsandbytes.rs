@@ -1,0 +1,185 @@
+//! Packed weights in the checkpoints of bitsandbytes (read and written, byte for byte), as `transformers` stores them.
+//!
+//! A weight `X.weight` is up to six tensors: `X.weight` (U8, numbers), `.absmax` (F32, or U8 when packed itself), `.quant_map` (F32, the code's
+//! values), `.nested_absmax` and `.nested_quant_map` when the statistics are packed, and `.quant_state.bitsandbytes__nf4` or `__fp4`, a JSON
+//! text as Python writes it.
+
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+use serde::Deserialize;
+
+use crate::{Code, Error, NESTED_BLOCK, Packed, Statistics, dynamic_map};
+
+/// A tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stored {
+    /// Type of the values.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Values in row-major order, little-endian.
+    pub data: Vec<u8>,
+}
+
+/// A packed weight of a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BnbWeight {
+    /// Its values, row-major.
+    pub packed: Packed,
+    /// Its shape, `[d_out, d_in]` for a linear layer.
+    pub shape: Vec<usize>,
+    /// What it is unpacked to: `float32`, `float16` or `bfloat16`.
+    pub dtype: String,
+}
+
+/// The JSON text of `quant_state`.
+#[derive(Deserialize)]
+struct State {
+    blocksize: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f64>,
+}
+
+const CODES: [(Code, &str); 2] = [(Code::Nf4, "nf4"), (Code::Fp4, "fp4")];
+
+impl BnbWeight {
+    /// Reads the weight called `name` (with `.weight`) through `get`, which gives a tensor by its whole name. `None` when the checkpoint does not
+    /// hold that weight packed.
+    ///
+    /// # Errors
+    /// When a part is missing, malformed, or does not fit the others.
+    pub fn read(name: &str, get: impl Fn(&str) -> Option<Stored>) -> Result<Option<Self>, Error> {
+        let state = CODES.iter().find_map(|(code, kind)| Some((*code, get(&state_name(name, kind))?)));
+        let Some((code, state)) = state else { return Ok(None) };
+        let part = |suffix: &str| {
+            let name = format!("{name}{suffix}");
+            get(&name).ok_or(Error::Missing { name })
+        };
+        let malformed = |what: String| Error::Malformed { name: name.to_owned(), what };
+        let State { blocksize, dtype, shape, nested_blocksize, nested_offset } =
+            serde_json::from_slice(&state.data).map_err(|e| malformed(format!("quant_state: {e}")))?;
+        let len = shape.iter().try_fold(1_usize, |len, size| len.checked_mul(*size));
+        let len = len.ok_or_else(|| malformed(format!("shape {shape:?} has too many values")))?;
+        let floats = |suffix: &str| {
+            let stored = part(suffix)?;
+            let expected = || malformed(format!("{suffix}: expected F32, found {:?}", stored.dtype));
+            floats(&stored).ok_or_else(expected)
+        };
+        if floats(".quant_map")? != code.values() {
+            return Err(malformed("quant_map holds other values than those of its code".to_owned()));
+        }
+        let statistics = match nested_offset {
+            None => Statistics::Plain(floats(".absmax")?),
+            Some(_) if nested_blocksize != Some(NESTED_BLOCK) => {
+                return Err(malformed(format!(
+                    "nested_blocksize: expected {NESTED_BLOCK}, found {nested_blocksize:?}"
+                )));
+            }
+            Some(offset) => {
+                let (codes, scales, offset) = (part(".absmax")?.data, floats(".nested_absmax")?, offset as f32);
+                let map = floats(".nested_quant_map")?;
+                if map == dynamic_map() {
+                    Statistics::Nested { codes, scales, offset }
+                } else {
+                    // Another release computed the map with other roundings: what counts is what its numbers stand for.
+                    let value = |(at, code): (usize, &u8)| {
+                        Some(map.get(usize::from(*code))? * scales.get(at / NESTED_BLOCK)? + offset)
+                    };
+                    let absmax: Option<Vec<f32>> = codes.iter().enumerate().map(value).collect();
+                    Statistics::Plain(absmax.ok_or_else(|| malformed("absmax does not fit nested_absmax".to_owned()))?)
+                }
+            }
+        };
+        let packed = Packed::from_parts(code, blocksize, len, part("")?.data, statistics)?;
+        Ok(Some(Self { packed, shape, dtype }))
+    }
+
+    /// The tensors of the weight called `name` (with `.weight`).
+    ///
+    /// # Errors
+    /// [`Error::Statistics`] for a code that bitsandbytes has not.
+    pub fn write(&self, name: &str) -> Result<BTreeMap<String, Stored>, Error> {
+        let code = self.packed.code();
+        let kind = CODES.iter().find_map(|(known, kind)| (*known == code).then_some(*kind));
+        let kind = kind.ok_or(Error::Statistics(code))?;
+        let mut state = format!(
+            "{{\"quant_type\": \"{kind}\", \"blocksize\": {}, \"dtype\": \"{}\", \"shape\": {:?}",
+            self.packed.block(),
+            self.dtype,
+            self.shape
+        );
+        let bytes = |data: &[u8], shape: Vec<usize>| Stored { dtype: Dtype::U8, shape, data: data.to_vec() };
+        let numbers = self.packed.codes();
+        let mut tensors = BTreeMap::from([
+            (name.to_owned(), bytes(numbers, vec![numbers.len(), 1])),
+            (format!("{name}.quant_map"), stored(code.values())),
+        ]);
+        match self.packed.statistics() {
+            Statistics::Plain(absmax) => drop(tensors.insert(format!("{name}.absmax"), stored(absmax))),
+            Statistics::Nested { codes, scales, offset } => {
+                tensors.insert(format!("{name}.absmax"), bytes(codes, vec![codes.len()]));
+                tensors.insert(format!("{name}.nested_absmax"), stored(scales));
+                tensors.insert(format!("{name}.nested_quant_map"), stored(dynamic_map()));
+                let offset = python_float(f64::from(*offset));
+                state += &format!(
+                    ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
+                );
+            }
+            Statistics::Affine { .. } => return Err(Error::Statistics(code)),
+        }
+        state.push('}');
+        tensors.insert(state_name(name, kind), bytes(state.as_bytes(), vec![state.len()]));
+        Ok(tensors)
+    }
+}
+
+fn state_name(name: &str, kind: &str) -> String {
+    format!("{name}.quant_state.bitsandbytes__{kind}")
+}
+
+fn stored(values: &[f32]) -> Stored {
+    let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Stored { dtype: Dtype::F32, shape: vec![values.len()], data }
+}
+
+fn floats(stored: &Stored) -> Option<Vec<f32>> {
+    let values = || stored.data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+    (stored.dtype == Dtype::F32).then(values)
+}
+
+/// A float as Python writes it: the shortest text that reads back, with an exponent of two digits below 1e-4 and from 1e16.
+fn python_float(value: f64) -> String {
+    let text = format!("{value:e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    match exponent.parse::<i32>() {
+        Ok(exponent) if value != 0.0 && !(-4..16).contains(&exponent) => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", exponent.abs())
+        }
+        _ => format!("{value:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::python_float;
+
+    #[test]
+    fn floats_are_written_as_python_writes_them() {
+        for (value, expected) in [
+            (0.0, "0.0"),
+            (0.112_778_842_449_188_23, "0.11277884244918823"),
+            (2.0, "2.0"),
+            (1e-4, "0.0001"),
+            (1.234e-5, "1.234e-05"),
+            (-3e-12, "-3e-12"),
+            (1e16, "1e+16"),
+            (1_234_567_890_123_456.0, "1234567890123456.0"),
+        ] {
+            assert_eq!(python_float(value), expected);
+        }
+    }
+}
