@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo xtask fetch sotu
-//! cargo run -p peft-examples --example pretrain_tiny -- data/sotu out 800
+//! cargo run -p peft-examples --example pretrain_tiny -- data/sotu out 1240
 //! ```
 //! Arguments: a folder of `.txt` files, the output folder, optimizer steps. Running it again resumes.
 
