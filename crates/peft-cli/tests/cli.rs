@@ -498,5 +498,6 @@ fn halves_of_an_adapter_combine_into_the_adapter() {
         let (code, stderr) = refused(&with(more));
         assert!(code == 2 && stderr.contains(expected), "{code}: {stderr}");
     }
+    assert!(refused(&with(&["--overwrite", "--how", "svd", "--rank", "0"])).1.contains("`rank`: expected at least 1"));
     assert!(refused(&["combine", "--adapter", "a=much", "--out", &both]).1.contains("`much`"));
 }

@@ -39,12 +39,15 @@ struct Factors {
 /// The adapter whose update is the weighted sum of the updates of `adapters`; its scale is one.
 ///
 /// # Errors
-/// When there is none, a weight is not finite, tensors do not fit, an adapter trains more than `A` and `B`, or, for
+/// When there is none, a weight is not finite, the rank asked for is 0, tensors do not fit, an adapter trains more than `A` and `B`, or, for
 /// [`Combination::Linear`], the adapters share neither factor.
 pub fn combine(adapters: &[(AdapterFile<LoraConfig>, f64)], how: Combination) -> Result<AdapterFile<LoraConfig>> {
     let Some((first, _)) = adapters.first() else {
         return Err(Error::config("adapters", "at least one", 0));
     };
+    if how == (Combination::Svd { rank: 0 }) {
+        return Err(Error::config("rank", "at least 1", 0));
+    }
     let mut modules: BTreeMap<(String, bool), Vec<Factors>> = BTreeMap::new();
     for (file, weight) in adapters {
         if !weight.is_finite() {

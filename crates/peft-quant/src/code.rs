@@ -55,6 +55,7 @@ impl Table {
 
 impl Code {
     fn table(self) -> &'static Table {
+        // In the order of the variants.
         static TABLES: LazyLock<[Table; 5]> = LazyLock::new(|| {
             let level = |level: u8| f32::from(level) / 15.0;
             [

@@ -135,7 +135,8 @@ impl Packed {
                 let largest = largest(values);
                 let scale = largest.max(SMALLEST);
                 let whole = values.len() == block;
-                let scaled = |value: &f32| if whole { value * (1.0 / scale) } else { value / scale };
+                let reciprocal = 1.0 / scale;
+                let scaled = |value: &f32| if whole { value * reciprocal } else { value / scale };
                 each.extend(values.iter().map(|value| nearest.code(scaled(value).clamp(-1.0, 1.0))));
                 absmax.push(if whole { largest } else { scale });
             }
@@ -168,7 +169,7 @@ impl Packed {
         let length = |what, expected, found| {
             if expected == found { Ok(()) } else { Err(Error::Length { what, expected, found }) }
         };
-        length("bytes of codes", (len * code.bits()).div_ceil(8), codes.len())?;
+        length("bytes of codes", len.div_ceil(8 / code.bits()), codes.len())?;
         match &statistics {
             Statistics::Affine { ranges, lows } if code == Code::Int4Affine => {
                 length("ranges", blocks, ranges.len())?;

@@ -84,6 +84,7 @@ fn what_is_missing_or_does_not_fit_is_named() {
     let state = part(".quant_state.bitsandbytes__nf4");
     for (from, to) in [
         ("160, 128", "4611686018427387904, 8"),
+        ("160, 128", "9223372036854775807, 1"),
         ("160, 128", "1, 128"),
         ("\"blocksize\": 64", "\"blocksize\": 0"),
         ("\"nested_blocksize\": 256", "\"nested_blocksize\": 128"),
