@@ -27,6 +27,8 @@ pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
 pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
 pub use merge::merge;
+/// The custom operations, on which the activation seam rests.
+pub use peft_kernels as kernels;
 pub use method::{FileTensor, Method};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, scan};

@@ -7,6 +7,7 @@ mod check;
 mod golden;
 mod laws;
 mod matrix;
+mod operations;
 mod stack;
 mod state;
 
@@ -14,5 +15,6 @@ pub use check::{Check, Failure, Finding, Outcome, Status, table};
 pub use golden::Golden;
 pub use laws::{Laws, Layer};
 pub use matrix::Matrix;
+pub use operations::{Operation, operations};
 pub use stack::{Seam, Stack};
 pub use state::{difference, fill_adapter, read};

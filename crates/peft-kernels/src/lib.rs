@@ -1,0 +1,8 @@
+//! Custom operations, each with a body that runs on every backend, a path for the CPU, a kernel for GPUs, and one test that holds all of them
+//! against double precision.
+//!
+//! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
+
+mod packed;
+
+pub use packed::{Nested, PackedLayout, PackedMatrix, PackedOps, Primitive, ScalesPrimitive};

@@ -1,0 +1,237 @@
+//! The path on the CPU: a thread unpacks a tile of the weight into room of its own and multiplies it at once.
+#![allow(unsafe_code, reason = "products into disjoint columns of one output, by a library that takes pointers")]
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Flex, ops::FloatTensorOps as _};
+use burn::tensor::{DType, Shape};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::unpack::{Scales, View};
+use super::{PackedLayout, Primitive, ScalesPrimitive};
+
+/// Values of a tile: with the packed copy that the product makes, it stays in the second cache.
+const TILE: usize = 64 * 1024;
+
+/// Up to this number of rows, a product is bound by reading the weight, and each row of it is unpacked and used at once.
+const FEW_ROWS: usize = 4;
+
+/// Values below which a product is not shared between threads.
+const SHARED_FROM: usize = 1 << 17;
+
+/// The dense matrix `[d_out, d_in]`.
+pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
+    with_view(packed, |view| {
+        let PackedLayout { d_out, d_in, .. } = view.layout;
+        let mut out = FlexTensor::zeros(Shape::new([d_out, d_in]), DType::F32);
+        let tile = (TILE / d_in.max(1)).max(1) * d_in.max(1);
+        let tiles = out.storage_mut::<f32>().par_chunks_mut(tile).enumerate();
+        tiles.for_each(|(at, out)| view.unpack(at * tile, out));
+        out
+    })
+}
+
+/// `x·Wᵀ`.
+pub(super) fn linear(x: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
+    multiply(x, packed, packed.layout.d_out, |x, rows, view, out| {
+        if rows <= FEW_ROWS { few_rows(x, view, out) } else { tiles(x, rows, view, out) }
+    })
+}
+
+/// `dy·W`.
+pub(super) fn linear_backward(grad: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
+    multiply(grad, packed, packed.layout.d_in, backward_tiles)
+}
+
+/// A product of `x` `[rows, _]`, computed in f32, into `[rows, width]` of its type.
+fn multiply(
+    x: FlexTensor,
+    packed: &Primitive<Flex>,
+    width: usize,
+    product: impl Fn(&[f32], usize, &View<'_>, &mut [f32]),
+) -> FlexTensor {
+    let (rows, dtype) = (x.layout().shape()[0], x.dtype());
+    let x = cast(x, DType::F32).to_contiguous();
+    let mut out = FlexTensor::zeros(Shape::new([rows, width]), DType::F32);
+    with_view(packed, |view| product(x.storage(), rows, view, out.storage_mut()));
+    cast(out, dtype)
+}
+
+fn cast(tensor: FlexTensor, dtype: DType) -> FlexTensor {
+    if tensor.dtype() == dtype { tensor } else { Flex::float_cast(tensor, dtype.into()) }
+}
+
+/// Each row of the weight against the few rows of `x`.
+fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
+    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let target = Columns { out: out.as_mut_ptr(), stride: d_out };
+    each_part(d_out, view.layout, |part| {
+        let mut row = vec![0.0; d_in];
+        for o in part {
+            view.unpack(o * d_in, &mut row);
+            for (r, x) in x.chunks_exact(d_in.max(1)).enumerate() {
+                // SAFETY: `o` is in this part only, and both are in range.
+                unsafe { target.at(r, o).write(dot(x, &row)) };
+            }
+        }
+    });
+}
+
+/// `out[:, o] = x·W[o, :]ᵀ` for tiles of rows of the weight.
+fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
+    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let target = Columns { out: out.as_mut_ptr(), stride: d_out };
+    let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
+    each_part(d_out, view.layout, |part| {
+        let mut tile = vec![0.0; most * d_in];
+        for start in part.clone().step_by(most) {
+            let count = most.min(part.end - start);
+            let tile = &mut tile[..count * d_in];
+            view.unpack(start * d_in, tile);
+            // SAFETY: the columns `start..start + count` are in this part only.
+            unsafe { gemm(rows, count, d_in, target.at(0, start), d_out, (x, d_in, 1), (tile, 1, d_in), false) };
+        }
+    });
+}
+
+/// `out[:, i] = Σ dy[:, o]·W[o, i]`: a thread has columns of its own and goes through tiles of rows, adding up.
+fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
+    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let target = Columns { out: out.as_mut_ptr(), stride: d_in };
+    each_part(d_in, view.layout, |part| {
+        let width = part.len();
+        let most = (TILE / width.max(1)).clamp(1, d_out.max(1));
+        let mut tile = vec![0.0; most * width];
+        for start in (0..d_out).step_by(most) {
+            let count = most.min(d_out - start);
+            for (o, row) in tile[..count * width].chunks_exact_mut(width.max(1)).enumerate() {
+                view.unpack((start + o) * d_in + part.start, row);
+            }
+            let (grad, tile) = (&grad[start..], &tile[..count * width]);
+            // SAFETY: the columns of `part` are in this part only.
+            unsafe { gemm(rows, width, count, target.at(0, part.start), d_in, (grad, d_out, 1), (tile, width, 1), start > 0) };
+        }
+    });
+}
+
+/// Splits `0..columns` between the threads; small matrices are not split.
+fn each_part(columns: usize, layout: PackedLayout, work: impl Fn(std::ops::Range<usize>) + Sync) {
+    let parts = if layout.len() < SHARED_FROM { 1 } else { rayon::current_num_threads() };
+    // Whole vectors for each thread, as long as there are enough columns.
+    let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
+    (0..columns.div_ceil(size)).into_par_iter().for_each(|part| work(part * size..((part + 1) * size).min(columns)));
+}
+
+/// Where the threads write: each to other columns of a matrix.
+#[derive(Clone, Copy)]
+struct Columns {
+    out: *mut f32,
+    stride: usize,
+}
+
+// SAFETY: no two threads get the same columns.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// # Safety
+    /// The place must be in the matrix.
+    unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
+        // SAFETY: by the caller's word.
+        unsafe { self.out.add(row * self.stride + column) }
+    }
+}
+
+/// `out[m, n] = a[m, k]·b[k, n]` on this thread, added to what is there with `add`; a factor comes with the strides of its rows and columns.
+///
+/// # Safety
+/// `out` must have room for `m` rows of `n` values, `stride` apart, which nobody else touches.
+#[allow(clippy::too_many_arguments, reason = "what a product is made of")]
+unsafe fn gemm(
+    m: usize,
+    n: usize,
+    k: usize,
+    out: *mut f32,
+    stride: usize,
+    a: (&[f32], usize, usize),
+    b: (&[f32], usize, usize),
+    add: bool,
+) {
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    let inside = |(values, row, column): (&[f32], usize, usize), rows: usize, columns: usize| {
+        (rows - 1) * row + (columns - 1) * column < values.len()
+    };
+    assert!(inside(a, m, k) && inside(b, k, n), "a factor is too short");
+    let (a, b) = ((a.0.as_ptr(), a.1 as isize, a.2 as isize), (b.0.as_ptr(), b.1 as isize, b.2 as isize));
+    // SAFETY: the factors were checked, the output is by the caller's word.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out,
+            1,
+            stride as isize,
+            add,
+            a.0,
+            a.2,
+            a.1,
+            b.0,
+            b.2,
+            b.1,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        /// The same, compiled for wider vectors.
+        #[target_feature(enable = "avx2,fma")]
+        fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+            dot_with(a, b, f32::mul_add)
+        }
+        // SAFETY: the processor was asked.
+        return unsafe { dot_avx2(a, b) };
+    }
+    // Without the instruction, a fused product would be a function call.
+    dot_with(a, b, |x, y, sum| x * y + sum)
+}
+
+#[inline(always)]
+fn dot_with(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let mut sums = [0.0; 32];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<32>(), b.as_chunks::<32>());
+    for (a, b) in a.iter().zip(b) {
+        for (sum, (x, y)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum = multiply_add(*x, *y, *sum);
+        }
+    }
+    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum::<f32>()
+}
+
+/// Shows the packed tensors as slices.
+fn with_view<T>(packed: &Primitive<Flex>, work: impl FnOnce(&View<'_>) -> T) -> T {
+    let contiguous = FlexTensor::to_contiguous;
+    let (numbers, table) = (contiguous(&packed.numbers), contiguous(&packed.table));
+    let view = |scales| View { bytes: numbers.bytes(), table: table.storage(), scales, layout: packed.layout };
+    match &packed.scales {
+        ScalesPrimitive::Plain { scales } => work(&view(Scales::Plain(contiguous(scales).storage()))),
+        ScalesPrimitive::Affine { scales, lows } => {
+            let (scales, lows) = (contiguous(scales), contiguous(lows));
+            work(&view(Scales::Affine { scales: scales.storage(), lows: lows.storage() }))
+        }
+        ScalesPrimitive::Nested { numbers, map, scales, offset } => {
+            let (numbers, map, scales) = (contiguous(numbers), contiguous(map), contiguous(scales));
+            let (map, scales) = (map.storage(), scales.storage());
+            work(&view(Scales::Nested { bytes: numbers.bytes(), map, scales, offset: *offset }))
+        }
+    }
+}

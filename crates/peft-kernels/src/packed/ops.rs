@@ -1,0 +1,203 @@
+//! The operations of packed matrices for every backend: bodies of Burn's own operations, and the gradient.
+#![cfg_attr(
+    feature = "ndarray",
+    allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")
+)]
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+#[cfg(feature = "flex")]
+use burn::backend::Flex;
+#[cfg(feature = "ndarray")]
+use burn::backend::NdArray;
+#[cfg(feature = "cube")]
+use burn::backend::fusion::custom::TensorSpec;
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Autodiff, AutodiffBackend as _, Backend, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::{DType, Shape, Slice};
+
+use super::{PackedLayout, nested_layout};
+
+/// The tensors of a packed matrix on a backend.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "cube"))]
+pub struct Primitive<B: Backend> {
+    /// Words of numbers.
+    pub numbers: IntTensor<B>,
+    /// Value of each number.
+    pub table: FloatTensor<B>,
+    /// Scale of each block.
+    #[extension_type]
+    pub scales: ScalesPrimitive<B>,
+    /// The shape, and how the numbers lie.
+    pub layout: PackedLayout,
+}
+
+/// The scales of a packed matrix on a backend.
+#[derive(Clone, Debug, ExtensionType)]
+#[extension_type(fusion: cfg(feature = "cube"))]
+pub enum ScalesPrimitive<B: Backend> {
+    /// One for each block.
+    Plain {
+        /// `[blocks]`
+        scales: FloatTensor<B>,
+    },
+    /// And a smallest value for each block.
+    Affine {
+        /// `[blocks]`
+        scales: FloatTensor<B>,
+        /// `[blocks]`
+        lows: FloatTensor<B>,
+    },
+    /// Packed in blocks of 256.
+    Nested {
+        /// Words of numbers, four to a word.
+        numbers: IntTensor<B>,
+        /// Value of each number.
+        map: FloatTensor<B>,
+        /// `[blocks / 256]`
+        scales: FloatTensor<B>,
+        /// What is added to each scale.
+        offset: f32,
+    },
+}
+
+/// Products with packed matrices. Each method has a body of Burn's own operations; backends replace what pays.
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Fusion: cfg(feature = "cube"),
+    Autodiff
+)]
+pub trait PackedOps: Backend {
+    /// The dense matrix `[d_out, d_in]` in the type of the table.
+    #[fusion(meta = |packed: &PrimitiveMetadata| TensorSpec::new([packed.layout.d_out, packed.layout.d_in].into(), packed.table.dtype))]
+    fn packed_unpack(#[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
+        let Primitive { numbers, table, scales, layout } = packed;
+        let (scales, lows) = match scales {
+            ScalesPrimitive::Plain { scales } => (scales, None),
+            ScalesPrimitive::Affine { scales, lows } => (scales, Some(lows)),
+            ScalesPrimitive::Nested { numbers, map, scales, offset } => {
+                let scales = values::<Self>(numbers, map, scales, None, nested_layout(layout));
+                (Self::float_add_scalar(scales, offset.into()), None)
+            }
+        };
+        let dense = values::<Self>(numbers, table, scales, lows, layout);
+        Self::float_reshape(dense, Shape::new([layout.d_out, layout.d_in]))
+    }
+
+    /// `x·Wᵀ`, `[rows, d_in]` to `[rows, d_out]`, in the type of `x`.
+    #[fusion(meta = |x: &TensorSpec, packed: &PrimitiveMetadata| TensorSpec::new([x.shape[0], packed.layout.d_out].into(), x.dtype))]
+    fn packed_linear(x: FloatTensor<Self>, #[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
+        let weight = dense::<Self>(packed, x.dtype());
+        Self::float_matmul(x, Self::float_swap_dims(weight, 0, 1))
+    }
+
+    /// `dy·W`, `[rows, d_out]` to `[rows, d_in]`, in the type of `dy`.
+    #[fusion(meta = |grad: &TensorSpec, packed: &PrimitiveMetadata| TensorSpec::new([grad.shape[0], packed.layout.d_in].into(), grad.dtype))]
+    fn packed_linear_backward(grad: FloatTensor<Self>, #[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
+        let weight = dense::<Self>(packed, grad.dtype());
+        Self::float_matmul(grad, weight)
+    }
+}
+
+/// The matrix in a type.
+fn dense<B: PackedOps>(packed: Primitive<B>, dtype: DType) -> FloatTensor<B> {
+    let dense = B::packed_unpack(packed);
+    if dense.dtype() == dtype { dense } else { B::float_cast(dense, dtype.into()) }
+}
+
+/// The values of packed numbers in one row.
+fn values<B: Backend>(
+    numbers: IntTensor<B>,
+    table: FloatTensor<B>,
+    scales: FloatTensor<B>,
+    lows: Option<FloatTensor<B>>,
+    layout: PackedLayout,
+) -> FloatTensor<B> {
+    let (blocks, block, words) = (layout.blocks(), layout.block, layout.words());
+    let each = 32 / layout.bits;
+    let number = |at: usize| {
+        // Bytes from the lowest; in each the upper half first.
+        let shift = if layout.bits == 4 { 8 * (at / 2) + 4 * (1 - at % 2) } else { 8 * at };
+        let shifted = B::bitwise_right_shift_scalar(numbers.clone(), (shift as i64).into());
+        let number = B::bitwise_and_scalar(shifted, ((1_i64 << layout.bits) - 1).into());
+        B::int_reshape(number, Shape::new([words, 1]))
+    };
+    let all = B::int_reshape(B::int_cat((0..each).map(number).collect(), 1), Shape::new([words * each]));
+    let whole = B::int_slice(all, &[Slice::from(0..blocks * block)]);
+    let column = |per_block| B::float_reshape(per_block, Shape::new([blocks, 1]));
+    let values = B::float_reshape(B::float_select(table, 0, whole), Shape::new([blocks, block]));
+    let mut values = B::float_mul(values, column(scales));
+    if let Some(lows) = lows {
+        values = B::float_add(values, column(lows));
+    }
+    B::float_slice(B::float_reshape(values, Shape::new([blocks * block])), &[Slice::from(0..layout.len())])
+}
+
+#[cfg(feature = "ndarray")]
+impl PackedOps for NdArray {}
+
+#[cfg(feature = "flex")]
+impl PackedOps for Flex {
+    fn packed_unpack(packed: Primitive<Self>) -> FloatTensor<Self> {
+        super::native::unpack(&packed)
+    }
+
+    fn packed_linear(x: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        super::native::linear(x, &packed)
+    }
+
+    fn packed_linear_backward(grad: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        super::native::linear_backward(grad, &packed)
+    }
+}
+
+impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
+    fn packed_unpack(packed: Primitive<Self>) -> FloatTensor<Self> {
+        Self::from_inner(B::packed_unpack(inner(packed)))
+    }
+
+    fn packed_linear(x: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        /// Keeps the packed tensors; unpacks again for `dx = dy·W`.
+        #[derive(Debug)]
+        struct PackedLinear;
+
+        impl<B: PackedOps> Backward<B, 1> for PackedLinear {
+            type State = Primitive<B>;
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+                let [parent] = ops.parents;
+                let grad = grads.consume::<B>(&ops.node);
+                if let Some(node) = parent {
+                    grads.register::<B>(node.id, B::packed_linear_backward(grad, ops.state));
+                }
+            }
+        }
+
+        let packed = inner(packed);
+        let (x, guard) = x.into_parts();
+        match PackedLinear.prepare::<C>([guard]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(packed.clone(), B::packed_linear(x, packed)),
+            OpsKind::UnTracked(prep) => prep.finish(B::packed_linear(x, packed)),
+        }
+    }
+}
+
+/// The tensors without autodiff.
+fn inner<B: Backend, C: CheckpointStrategy>(packed: Primitive<Autodiff<B, C>>) -> Primitive<B> {
+    let Primitive { numbers, table, scales, layout } = packed;
+    let scales = match scales {
+        ScalesPrimitive::Plain { scales } => ScalesPrimitive::Plain { scales: scales.into_primitive() },
+        ScalesPrimitive::Affine { scales, lows } => {
+            ScalesPrimitive::Affine { scales: scales.into_primitive(), lows: lows.into_primitive() }
+        }
+        ScalesPrimitive::Nested { numbers, map, scales, offset } => {
+            ScalesPrimitive::Nested { numbers, map: map.into_primitive(), scales: scales.into_primitive(), offset }
+        }
+    };
+    Primitive { numbers, table: table.into_primitive(), scales, layout }
+}
