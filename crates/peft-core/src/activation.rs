@@ -7,7 +7,7 @@ use burn::module::Param;
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
 
-use crate::Method;
+use crate::{Method, Quantized};
 
 /// The activation form of an adapter.
 ///
@@ -23,17 +23,24 @@ pub trait Activation {
     }
 }
 
-/// The frozen layer under an adapter.
+/// The frozen layer under an adapter, dense or packed.
 #[derive(Clone, Copy, Debug)]
 pub struct Base<'a> {
     weight: &'a Param<Tensor<2>>,
     bias: Option<&'a Param<Tensor<1>>>,
 }
 
-impl Base<'_> {
+impl<'a> Base<'a> {
     /// `x·W + b`, `[rows, d_in]` to `[rows, d_out]`.
     pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
-        burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val))
+        let Some(quantized) = self.quantized() else {
+            return burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val));
+        };
+        let y = quantized.packed().linear(x);
+        match self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
     }
 
     /// The rows `ids` of `W`, `[rows]` to `[rows, d_model]`.
@@ -43,7 +50,20 @@ impl Base<'_> {
 
     /// The dense weight `[d_in, d_out]`.
     pub fn weight(&self) -> Tensor<2> {
-        self.weight.base()
+        let dense = self.weight.base();
+        self.quantized().map_or(dense.clone(), |packed| packed.packed().unpack().transpose().cast(dense.dtype()))
+    }
+
+    /// The adapter's activation form: `Some(None)` for an adapter that has none.
+    fn adapter(&self) -> Option<Option<&'a dyn Activation>> {
+        let carrier = self.quantized().map_or(self.weight, Quantized::carrier);
+        // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
+        let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        lookups.iter().find_map(|(_, lookup)| lookup(carrier))
+    }
+
+    fn quantized(&self) -> Option<&'a Quantized> {
+        self.weight.reparameterization()
     }
 }
 
@@ -68,13 +88,17 @@ pub fn linear_with<const D: usize>(
     bias: Option<&Param<Tensor<1>>>,
     x: Tensor<D>,
 ) -> Tensor<D> {
-    let Some(adapter) = activation(weight) else {
-        return burn::tensor::module::linear(x, weight.val(), bias.map(Param::val));
+    let base = Base { weight, bias };
+    let forward: &dyn Fn(Tensor<2>) -> Tensor<2> = match (base.adapter(), base.quantized()) {
+        (Some(Some(adapter)), _) => &|x| adapter.linear(x, &base),
+        (None, Some(_)) => &|x| base.linear(x),
+        // A plain weight, or an adapter that has its weight form only.
+        _ => return burn::tensor::module::linear(x, weight.val(), bias.map(Param::val)),
     };
     let mut dims = x.dims();
     let d_in = dims[D - 1];
     let rows = dims.iter().product::<usize>() / d_in.max(1);
-    let y = adapter.linear(x.reshape([rows, d_in]), &Base { weight, bias }); // [rows, d_out]
+    let y = forward(x.reshape([rows, d_in])); // [rows, d_out]
     dims[D - 1] = y.dims()[1];
     y.reshape(dims)
 }
@@ -86,7 +110,7 @@ pub fn linear_with<const D: usize>(
 pub fn embedding(layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
     let [batch, seq] = ids.dims();
     let base = Base { weight: &layer.weight, bias: None };
-    match activation(&layer.weight).and_then(|adapter| adapter.embedding(ids.clone().reshape([batch * seq]), &base)) {
+    match base.adapter().flatten().and_then(|adapter| adapter.embedding(ids.clone().reshape([batch * seq]), &base)) {
         Some(y) => {
             let width = y.dims()[1];
             y.reshape([batch, seq, width])
@@ -95,21 +119,15 @@ pub fn embedding(layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
     }
 }
 
-type Lookup = for<'a> fn(&'a Param<Tensor<2>>) -> Option<&'a dyn Activation>;
+type Lookup = for<'a> fn(&'a Param<Tensor<2>>) -> Option<Option<&'a dyn Activation>>;
 
 /// One lookup per method that was attached in this process. A parameter hands out its adapter only to who names its type, and the set
 /// of types is open, so attaching leaves the one function here that knows the type.
 static LOOKUPS: RwLock<Vec<(TypeId, Lookup)>> = RwLock::new(Vec::new());
 
-fn activation(weight: &Param<Tensor<2>>) -> Option<&dyn Activation> {
-    // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
-    let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-    lookups.iter().find_map(|(_, lookup)| lookup(weight))
-}
-
 pub(crate) fn register<M: Method>() {
-    fn lookup<M: Method>(weight: &Param<Tensor<2>>) -> Option<&dyn Activation> {
-        weight.reparameterization::<M::Adapter>().and_then(M::activation)
+    fn lookup<M: Method>(weight: &Param<Tensor<2>>) -> Option<Option<&dyn Activation>> {
+        weight.reparameterization::<M::Adapter>().map(M::activation)
     }
     let mut lookups = LOOKUPS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
     let id = TypeId::of::<M>();

@@ -61,6 +61,12 @@ pub enum Error {
         /// Every difference.
         problems: Vec<Problem>,
     },
+    /// Weights cannot be packed; nothing was changed. All reasons at once.
+    #[error("cannot be packed:\n{}", list(problems))]
+    Pack {
+        /// Every reason.
+        problems: Vec<Problem>,
+    },
     /// Merging would write a value that is not finite, or has nowhere to put a bias.
     #[error("cannot merge:\n{}", list(problems))]
     Merge {

@@ -3,6 +3,7 @@
 //! - [`Method`]: a configuration that makes one adapter per matched layer. A method is one file, in any crate.
 //! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
 //! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
+//! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
 //! - [`linear`] and [`embedding`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
@@ -16,6 +17,7 @@ pub mod files;
 mod location;
 mod merge;
 mod method;
+mod quantized;
 mod report;
 mod site;
 mod targets;
@@ -27,9 +29,10 @@ pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
 pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
 pub use merge::merge;
+pub use method::{FileTensor, Method};
 /// The custom operations, on which the activation seam rests.
 pub use peft_kernels as kernels;
-pub use method::{FileTensor, Method};
+pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, scan};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};

@@ -1,5 +1,9 @@
 //! Where a traversal stands: the bridge between Burn's parameter paths and Hugging Face's names.
 
+use burn::module::Reparameterization as _;
+
+use crate::Quantized;
+
 /// What the layer around a parameter is, as far as adapters care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LayerKind {
@@ -25,8 +29,15 @@ impl LayerKind {
 /// The path stack of a [`burn::module::ModuleVisitor`] or [`burn::module::ModuleMapper`]: forward `enter_module` and `exit_module` to it.
 #[derive(Clone, Debug, Default)]
 pub struct PathStack {
-    names: Vec<String>,
-    containers: Vec<String>,
+    levels: Vec<Level>,
+}
+
+#[derive(Clone, Debug)]
+struct Level {
+    name: String,
+    container: String,
+    /// Whether it belongs to the packed form of a weight, which takes the weight's own path.
+    packing: bool,
 }
 
 /// Where a parameter lives.
@@ -47,46 +58,65 @@ pub struct Location {
 impl PathStack {
     /// To be called from `enter_module`.
     ///
-    /// The name of an enum's variant is not part of the path: `transformers` knows no such level.
+    /// The name of an enum's variant is not part of the path: `transformers` knows no such level. Nor are the levels of a packed weight, whose
+    /// adapter sits at the weight's own path.
     pub fn enter(&mut self, name: &str, container: &str) {
-        self.names.push(if container.starts_with("Enum:") { String::new() } else { name.to_owned() });
-        self.containers.push(container.to_owned());
+        let name = if container.starts_with("Enum:") { String::new() } else { name.to_owned() };
+        let packing = (container == REPARAMETERIZATION && name == Quantized::NAME) || container == "Struct:Quantized";
+        self.levels.push(Level { name, container: container.to_owned(), packing });
     }
 
     /// To be called from `exit_module`.
     pub fn exit(&mut self) {
-        self.names.pop();
-        self.containers.pop();
+        self.levels.pop();
     }
 
     /// The dotted path.
     pub fn path(&self) -> String {
-        join(&self.names)
+        join(&self.kept())
     }
 
     /// The path without its last component.
     pub fn parent(&self) -> String {
-        join(&self.names[..self.names.len().saturating_sub(1)])
+        let kept = self.kept();
+        join(&kept[..kept.len().saturating_sub(1)])
+    }
+
+    /// Whether what is visited is part of a weight's packed form, the adapter on it apart.
+    pub fn in_packing(&self) -> bool {
+        let packing = self.levels.iter().position(|level| level.packing);
+        packing.is_some_and(|at| {
+            self.levels[at..].iter().all(|level| level.packing || level.container != REPARAMETERIZATION)
+        })
     }
 
     /// Where the parameter that is being visited lives.
     pub fn locate(&self) -> Location {
-        let adapter = self.containers.iter().position(|c| c == "Reparameterization");
-        let end = adapter.unwrap_or(self.names.len());
+        let kept = self.kept();
+        let adapter = kept.iter().position(|level| level.container == REPARAMETERIZATION);
+        let end = adapter.unwrap_or(kept.len());
         let last = end.saturating_sub(1);
-        let container = self.containers.get(last).map_or("", String::as_str);
+        let container = kept.get(last).map_or("", |level| level.container.as_str());
         Location {
-            module: join(&self.names[..last]),
+            module: join(&kept[..last]),
             container: container.split_once(':').map_or(container, |(_, name)| name).to_owned(),
             kind: LayerKind::of(container),
-            param: self.names.get(last).cloned().unwrap_or_default(),
-            field: adapter.map(|at| join(&self.names[at + 1..])),
+            param: kept.get(last).map(|level| level.name.clone()).unwrap_or_default(),
+            field: adapter.map(|at| join(&kept[at + 1..])),
         }
+    }
+
+    fn kept(&self) -> Vec<&Level> {
+        self.levels.iter().filter(|level| !level.packing).collect()
     }
 }
 
-fn join(names: &[String]) -> String {
-    names.iter().filter(|name| !name.is_empty()).map(String::as_str).collect::<Vec<_>>().join(".")
+/// What Burn calls the level of an adapter.
+pub(crate) const REPARAMETERIZATION: &str = "Reparameterization";
+
+fn join(levels: &[&Level]) -> String {
+    let names = levels.iter().map(|level| level.name.as_str()).filter(|name| !name.is_empty());
+    names.collect::<Vec<_>>().join(".")
 }
 
 /// A parameter's name and orientation in Hugging Face files.

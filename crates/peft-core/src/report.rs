@@ -4,7 +4,10 @@ use std::fmt;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Int, Tensor};
+use peft_kernels::PackedLayout;
 use serde::Serialize;
+
+use crate::{ParamVisitor, PathStack, visit_params};
 
 /// Counts of parameters and of the bytes that hold them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -41,15 +44,16 @@ impl fmt::Display for Report {
     }
 }
 
-/// Counts the parameters of `module`.
+/// Counts the parameters of `module`. A packed weight counts as many as it stands for, in the bytes that its packed tensors take.
 pub fn report<M: Module>(module: &M) -> Report {
     let mut report = Report::default();
-    module.visit(&mut report);
+    visit_params(module, &mut report);
+    module.visit(&mut Packed { stack: PathStack::default(), report: &mut report });
     report
 }
 
-impl ModuleVisitor for Report {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+impl ParamVisitor for Report {
+    fn float<const D: usize>(&mut self, _at: &PathStack, param: &Param<Tensor<D>>) {
         let count = param.lazy_shape().num_elements();
         let bytes = if param.is_initialized() { count * param.base().dtype().size() } else { count * size_of::<f32>() };
         self.total += count;
@@ -60,9 +64,38 @@ impl ModuleVisitor for Report {
         }
     }
 
+    fn packed(&mut self, _at: &PathStack, layout: PackedLayout) {
+        self.total += layout.len();
+    }
+}
+
+/// Adds the bytes of packed weights, and integer parameters.
+struct Packed<'a> {
+    stack: PathStack,
+    report: &'a mut Report,
+}
+
+impl ModuleVisitor for Packed<'_> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.stack.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.stack.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.stack.in_packing() {
+            self.report.total_bytes += param.lazy_shape().num_elements() * size_of::<f32>();
+        }
+    }
+
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         let tensor = param.val();
-        self.total += tensor.shape().num_elements();
-        self.total_bytes += tensor.shape().num_elements() * tensor.dtype().size();
+        let count = tensor.shape().num_elements();
+        self.report.total_bytes += count * tensor.dtype().size();
+        if !self.stack.in_packing() {
+            self.report.total += count;
+        }
     }
 }

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{
     Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
+    Reparameterization as _,
 };
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use peft_kernels::PackedLayout;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{LayerKind, PathStack};
+use crate::location::REPARAMETERIZATION;
+use crate::{LayerKind, PathStack, Quantized};
 
 /// One layer that an adapter can sit in: its weight, and what a method needs to know of it.
 #[derive(Clone, Debug)]
@@ -18,7 +21,7 @@ pub struct Site {
     pub path: String,
     /// What the module is.
     pub kind: LayerKind,
-    /// The weight.
+    /// The parameter that an adapter sits in: the weight.
     pub id: ParamId,
     /// Rows of the weight: input features, or the number of embedding vectors.
     pub d_in: usize,
@@ -28,8 +31,10 @@ pub struct Site {
     pub has_bias: bool,
     /// Whether the model calls [`linear`](crate::linear) or [`embedding`](crate::embedding) on it and says so with [`AdapterAware`].
     pub aware: bool,
-    /// Type of the weight.
+    /// Type of the weight, and of what it is unpacked to.
     pub dtype: DType,
+    /// How the weight is packed, if it is.
+    pub packed: Option<PackedLayout>,
     /// Device of the weight.
     pub device: Device,
 }
@@ -179,8 +184,13 @@ impl ModuleVisitor for Scanner {
             AWARE => {
                 self.aware.insert(self.stack.parent());
             }
-            "Reparameterization" => {
+            REPARAMETERIZATION if name != Quantized::NAME => {
                 self.scan.adapted.insert(self.stack.path());
+            }
+            _ if self.stack.in_packing() => {
+                if let (Some(layout), Some(site)) = (PackedLayout::announced(container), self.scan.sites.last_mut()) {
+                    (site.d_in, site.d_out, site.packed) = (layout.d_in, layout.d_out, Some(layout));
+                }
             }
             _ => {
                 let owner = container.split_once(':').map_or(container, |(_, name)| name).to_owned();
@@ -199,6 +209,13 @@ impl ModuleVisitor for Scanner {
         if location.field.is_some() {
             return;
         }
+        if self.stack.in_packing() {
+            // The placeholder was visited just before; of its parts the one matrix is where an adapter sits.
+            if let (2, Some(site)) = (D, self.scan.sites.last_mut()) {
+                site.id = param.id;
+            }
+            return;
+        }
         if location.param == "bias" {
             self.biased.insert(location.module);
         } else if let (Some(kind), "weight", [d_in, d_out]) =
@@ -212,6 +229,7 @@ impl ModuleVisitor for Scanner {
                 d_out: *d_out,
                 has_bias: false,
                 aware: false,
+                packed: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
                 device: param.lazy_device(),
             });

@@ -13,6 +13,8 @@ mod ops;
 #[cfg(feature = "flex")]
 mod unpack;
 
+use std::borrow::Cow;
+
 use burn::backend::Dispatch;
 use burn::module::{
     Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
@@ -116,7 +118,45 @@ impl ModuleDisplayDefault for PackedLayout {
 
 impl ModuleDisplay for PackedLayout {}
 
-/// Scales that are packed themselves.
+/// A packed matrix in memory, as files hold it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedData {
+    /// The shape, and how the numbers lie.
+    pub layout: PackedLayout,
+    /// Numbers; of 4 bits two to a byte, the first in the upper half.
+    pub bytes: Vec<u8>,
+    /// Value of each number.
+    pub table: Cow<'static, [f32]>,
+    /// Scale of each block.
+    pub scales: BlockScales,
+}
+
+/// The scales of a packed matrix in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub enum BlockScales {
+    /// One for each block.
+    Plain(Vec<f32>),
+    /// And a smallest value for each block.
+    Affine {
+        /// One for each block.
+        scales: Vec<f32>,
+        /// One for each block.
+        lows: Vec<f32>,
+    },
+    /// Packed themselves: `map[number]·scale + offset`.
+    Nested {
+        /// One for each block.
+        numbers: Vec<u8>,
+        /// Value of each number.
+        map: Cow<'static, [f32]>,
+        /// One for each 256 blocks.
+        scales: Vec<f32>,
+        /// What is added to each scale.
+        offset: f32,
+    },
+}
+
+/// Scales that are packed themselves, on a device.
 #[derive(Module, Debug)]
 pub struct Nested {
     /// One byte for each scale, four to a word, the first in the lowest.
@@ -132,12 +172,16 @@ pub struct Nested {
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use peft_kernels::{PackedLayout, PackedMatrix};
+/// use peft_kernels::{BlockScales, PackedData, PackedLayout, PackedMatrix};
 ///
 /// // Two rows of two values; 4 bits each, the first of a pair in the upper half of a byte.
-/// let layout = PackedLayout { d_out: 2, d_in: 2, bits: 4, block: 4 };
-/// let table: Vec<f32> = (0..16).map(|q| q as f32 - 8.0).collect();
-/// let weight = PackedMatrix::new(layout, &[0x9a, 0x78], &table, &[0.5], None, &Device::flex());
+/// let data = PackedData {
+///     layout: PackedLayout { d_out: 2, d_in: 2, bits: 4, block: 4 },
+///     bytes: vec![0x9a, 0x78],
+///     table: (0..16).map(|q| q as f32 - 8.0).collect(),
+///     scales: BlockScales::Plain(vec![0.5]),
+/// };
+/// let weight = PackedMatrix::new(data, &Device::flex());
 /// let y = weight.linear(Tensor::<2>::from_floats([[1.0, 10.0]], &Device::flex()));
 /// assert_eq!(y.into_data().to_vec::<f32>()?, [0.5 + 10.0, -0.5]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -157,51 +201,29 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// A packed matrix out of its parts, on `device` without autodiff: `bytes` of numbers, two of 4 bits to a byte with the first in the upper
-    /// half; the value of each number; the scale of each block and, for affine blocks, its smallest value.
+    /// Puts a packed matrix on `device`, without autodiff.
     ///
     /// # Panics
     /// When a part has not the length that the layout asks for, or `bits` is neither 4 nor 8.
-    pub fn new(
-        layout: PackedLayout,
-        bytes: &[u8],
-        table: &[f32],
-        scales: &[f32],
-        lows: Option<&[f32]>,
-        device: &Device,
-    ) -> Self {
-        assert_eq!(scales.len(), layout.blocks(), "scales of {layout:?}");
-        assert!(lows.is_none_or(|lows| lows.len() == layout.blocks()), "smallest values of {layout:?}");
+    pub fn new(data: PackedData, device: &Device) -> Self {
+        let PackedData { layout, bytes, table, scales } = data;
         let device = &device.clone().without_autodiff();
-        let numbers = numbers(layout, bytes, device);
-        let [table, scales] = [table, scales].map(|values| constant(values, device));
-        let lows = lows.map(|lows| constant(lows, device));
-        Self { numbers, table, scales, lows, nested: None, layout }
-    }
-
-    /// As [`new`](Self::new), with packed scales: one of `scale_numbers` for each block, whose value in `map` is multiplied by the one of
-    /// `scales` for its 256 blocks and added to `offset`.
-    ///
-    /// # Panics
-    /// As [`new`](Self::new).
-    #[allow(clippy::too_many_arguments, reason = "the parts of the format")]
-    pub fn nested(
-        layout: PackedLayout,
-        bytes: &[u8],
-        table: &[f32],
-        scale_numbers: &[u8],
-        map: &[f32],
-        scales: &[f32],
-        offset: f32,
-        device: &Device,
-    ) -> Self {
-        let statistics = nested_layout(layout);
-        assert_eq!(scale_numbers.len(), layout.blocks(), "packed scales of {layout:?}");
-        assert_eq!(scales.len(), statistics.blocks(), "scales of {statistics:?}");
-        let device = &device.clone().without_autodiff();
-        let nested = Nested { numbers: numbers(statistics, scale_numbers, device), map: constant(map, device), offset };
-        let [table, scales] = [table, scales].map(|values| constant(values, device));
-        Self { numbers: numbers(layout, bytes, device), table, scales, lows: None, nested: Some(nested), layout }
+        let (mut lows, mut nested) = (None, None);
+        let scales = match scales {
+            BlockScales::Plain(scales) => constant(&scales, layout.blocks(), device),
+            BlockScales::Affine { scales, lows: smallest } => {
+                lows = Some(constant(&smallest, layout.blocks(), device));
+                constant(&scales, layout.blocks(), device)
+            }
+            BlockScales::Nested { numbers: bytes, map, scales, offset } => {
+                let statistics = nested_layout(layout);
+                let map = constant(&map, map.len(), device);
+                nested = Some(Nested { numbers: numbers(statistics, &bytes, device), map, offset });
+                constant(&scales, statistics.blocks(), device)
+            }
+        };
+        let table = constant(&table, table.len(), device);
+        Self { numbers: numbers(layout, &bytes, device), table, scales, lows, nested, layout }
     }
 
     /// The shape, and how the numbers lie.
@@ -273,6 +295,7 @@ fn numbers(layout: PackedLayout, bytes: &[u8], device: &Device) -> Param<Tensor<
     Param::initialized(ParamId::new(), Tensor::from_data(TensorData::new(words, [length]), (device, DType::U32)))
 }
 
-fn constant(values: &[f32], device: &Device) -> Param<Tensor<1>> {
+fn constant(values: &[f32], expected: usize, device: &Device) -> Param<Tensor<1>> {
+    assert_eq!(values.len(), expected, "values of a packed matrix");
     Param::initialized(ParamId::new(), Tensor::from_data(values, (device, DType::F32))).set_require_grad(false)
 }

@@ -5,8 +5,7 @@ use burn::tensor::Device;
 use peft_testkit::{Check, operations, table};
 
 fn hold(device: &Device) {
-    let checks: Vec<_> =
-        operations().into_iter().map(|(name, check)| Check::run(name, || check(device))).collect();
+    let checks: Vec<_> = operations().into_iter().map(|(name, check)| Check::run(name, || check(device))).collect();
     assert!(checks.iter().all(|check| !check.failed()), "\n{}", table(&checks));
     println!("{}", table(&checks));
 }

@@ -3,6 +3,9 @@
 //! A weight `X.weight` is up to six tensors: `X.weight` (U8, numbers), `.absmax` (F32, or U8 when packed itself), `.quant_map` (F32, the code's
 //! values), `.nested_absmax` and `.nested_quant_map` when the statistics are packed, and `.quant_state.bitsandbytes__nf4` or `__fp4`, a JSON
 //! text as Python writes it.
+//!
+//! Codes that bitsandbytes has not (INT4 and INT8) are stored in the same way under `.quant_state.peft__…`, which its loader does not take for
+//! its own; affine blocks have `.low` besides.
 
 use std::collections::BTreeMap;
 
@@ -43,7 +46,27 @@ struct State {
     nested_offset: Option<f64>,
 }
 
-const CODES: [(Code, &str); 2] = [(Code::Nf4, "nf4"), (Code::Fp4, "fp4")];
+/// What follows the name of a packed weight in that of its state.
+const STATES: [(Code, &str); 5] = [
+    (Code::Nf4, ".quant_state.bitsandbytes__nf4"),
+    (Code::Fp4, ".quant_state.bitsandbytes__fp4"),
+    (Code::Int4, ".quant_state.peft__int4"),
+    (Code::Int4Affine, ".quant_state.peft__int4-affine"),
+    (Code::Int8, ".quant_state.peft__int8"),
+];
+
+/// What follows the name of a packed weight in those of its other parts.
+const PARTS: [&str; 5] = [".absmax", ".low", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+
+/// The packed weight whose state the tensor `name` holds.
+pub fn packed_weight(name: &str) -> Option<(&str, Code)> {
+    STATES.iter().find_map(|(code, state)| Some((name.strip_suffix(state)?, *code)))
+}
+
+/// Names that the parts of the packed weight called `name` may have, itself apart.
+pub fn part_names(name: &str) -> impl Iterator<Item = String> {
+    STATES.iter().map(|(_, state)| *state).chain(PARTS).map(move |suffix| format!("{name}{suffix}"))
+}
 
 impl BnbWeight {
     /// Reads the weight called `name` (with `.weight`) through `get`, which gives a tensor by its whole name. `None` when the checkpoint does not
@@ -52,7 +75,7 @@ impl BnbWeight {
     /// # Errors
     /// When a part is missing, malformed, or does not fit the others.
     pub fn read(name: &str, get: impl Fn(&str) -> Option<Stored>) -> Result<Option<Self>, Error> {
-        let state = CODES.iter().find_map(|(code, kind)| Some((*code, get(&state_name(name, kind))?)));
+        let state = STATES.iter().find_map(|(code, suffix)| Some((*code, get(&format!("{name}{suffix}"))?)));
         let Some((code, state)) = state else { return Ok(None) };
         let part = |suffix: &str| {
             let name = format!("{name}{suffix}");
@@ -72,6 +95,9 @@ impl BnbWeight {
             return Err(malformed("quant_map holds other values than those of its code".to_owned()));
         }
         let statistics = match nested_offset {
+            None if code == Code::Int4Affine => {
+                Statistics::Affine { ranges: floats(".absmax")?, lows: floats(".low")? }
+            }
             None => Statistics::Plain(floats(".absmax")?),
             Some(_) if nested_blocksize != Some(NESTED_BLOCK) => {
                 return Err(malformed(format!(
@@ -93,20 +119,19 @@ impl BnbWeight {
                 }
             }
         };
+        if !["float32", "float16", "bfloat16"].contains(&dtype.as_str()) {
+            return Err(malformed(format!("dtype: expected float32, float16 or bfloat16, found {dtype}")));
+        }
         let packed = Packed::from_parts(code, blocksize, len, part("")?.data, statistics)?;
         Ok(Some(Self { packed, shape, dtype }))
     }
 
     /// The tensors of the weight called `name` (with `.weight`).
-    ///
-    /// # Errors
-    /// [`Error::Statistics`] for a code that bitsandbytes has not.
-    pub fn write(&self, name: &str) -> Result<BTreeMap<String, Stored>, Error> {
+    pub fn write(&self, name: &str) -> BTreeMap<String, Stored> {
         let code = self.packed.code();
-        let kind = CODES.iter().find_map(|(known, kind)| (*known == code).then_some(*kind));
-        let kind = kind.ok_or(Error::Statistics(code))?;
         let mut state = format!(
-            "{{\"quant_type\": \"{kind}\", \"blocksize\": {}, \"dtype\": \"{}\", \"shape\": {:?}",
+            "{{\"quant_type\": \"{}\", \"blocksize\": {}, \"dtype\": \"{}\", \"shape\": {:?}",
+            code.name(),
             self.packed.block(),
             self.dtype,
             self.shape
@@ -128,16 +153,16 @@ impl BnbWeight {
                     ", \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
                 );
             }
-            Statistics::Affine { .. } => return Err(Error::Statistics(code)),
+            Statistics::Affine { ranges, lows } => {
+                tensors.insert(format!("{name}.absmax"), stored(ranges));
+                tensors.insert(format!("{name}.low"), stored(lows));
+            }
         }
         state.push('}');
-        tensors.insert(state_name(name, kind), bytes(state.as_bytes(), vec![state.len()]));
-        Ok(tensors)
+        let suffix = STATES.iter().find_map(|(known, suffix)| (*known == code).then_some(*suffix)).unwrap_or_default();
+        tensors.insert(format!("{name}{suffix}"), bytes(state.as_bytes(), vec![state.len()]));
+        tensors
     }
-}
-
-fn state_name(name: &str, kind: &str) -> String {
-    format!("{name}.quant_state.bitsandbytes__{kind}")
 }
 
 fn stored(values: &[f32]) -> Stored {

@@ -74,6 +74,11 @@ impl Code {
         &self.table().values
     }
 
+    /// The name by which the command line and checkpoints call it.
+    pub fn name(self) -> &'static str {
+        ["nf4", "fp4", "int4", "int4-affine", "int8"][self as usize]
+    }
+
     /// Bits of a number.
     pub fn bits(self) -> usize {
         if self == Self::Int8 { 8 } else { 4 }

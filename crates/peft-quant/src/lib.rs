@@ -14,8 +14,10 @@ mod bitsandbytes;
 mod code;
 mod mean;
 mod packed;
+mod quantize;
 
-pub use bitsandbytes::{BnbWeight, Stored};
+pub use bitsandbytes::{BnbWeight, Stored, packed_weight, part_names};
 pub use code::{Code, dynamic_map};
 use packed::NESTED_BLOCK;
 pub use packed::{Error, Packed, Statistics};
+pub use quantize::{Format, Quantization, quantize};

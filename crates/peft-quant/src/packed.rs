@@ -5,6 +5,8 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use crate::code::Nearest;
 use crate::mean::mean;
 use crate::{Code, dynamic_map};
@@ -59,8 +61,8 @@ pub enum Error {
         /// How many it has.
         found: usize,
     },
-    /// A weight that is no number.
-    #[error("value {index} is {value}; only finite weights can be packed")]
+    /// A weight, or the scale of a block, that is no number.
+    #[error("value {index} is {value}; weights and their scales must be finite")]
     NotFinite {
         /// Its place.
         index: usize,
@@ -111,44 +113,40 @@ impl Packed {
     /// When `block` is none of these, a value is not finite, or `nested` is asked of [`Code::Int4Affine`].
     pub fn pack(values: &[f32], code: Code, block: usize, nested: bool) -> Result<Self, Error> {
         check_block(code, block)?;
-        if let Some((index, value)) = values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
-            return Err(Error::NotFinite { index, value: *value });
+        check_finite(values)?;
+        if code == Code::Int4Affine && nested {
+            return Err(Error::Statistics(code));
         }
         let nearest = code.nearest();
-        let mut each = Vec::with_capacity(values.len() + 1);
-        let statistics = if code == Code::Int4Affine {
-            if nested {
-                return Err(Error::Statistics(code));
-            }
-            let (mut ranges, mut lows) = (Vec::new(), Vec::new());
-            for values in values.chunks(block) {
-                let low = values.iter().copied().fold(f32::INFINITY, f32::min);
-                let range = values.iter().copied().fold(f32::NEG_INFINITY, f32::max) - low;
-                each.extend(values.iter().map(|value| nearest.code((value - low) / range.max(SMALLEST))));
-                ranges.push(range);
-                lows.push(low);
-            }
-            Statistics::Affine { ranges, lows }
-        } else {
-            let mut absmax = Vec::with_capacity(values.len().div_ceil(block));
-            for values in values.chunks(block) {
+        let numbers = |value: f32| nearest.code(value);
+        // Blocks in whole bytes, so that threads can share the work.
+        let mut codes = vec![0; values.len().div_ceil(8 / code.bits())];
+        let blocks: Vec<(f32, f32)> = values
+            .par_chunks(block)
+            .zip(codes.par_chunks_mut(block * code.bits() / 8))
+            .map(|(values, codes)| {
+                if code == Code::Int4Affine {
+                    let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+                    let range = values.iter().copied().fold(f32::NEG_INFINITY, f32::max) - low;
+                    fill(codes, code, values.iter().map(|value| numbers((value - low) / range.max(SMALLEST))));
+                    return (range, low);
+                }
                 let largest = largest(values);
                 let scale = largest.max(SMALLEST);
                 let whole = values.len() == block;
                 let reciprocal = 1.0 / scale;
                 let scaled = |value: &f32| if whole { value * reciprocal } else { value / scale };
-                each.extend(values.iter().map(|value| nearest.code(scaled(value).clamp(-1.0, 1.0))));
-                absmax.push(if whole { largest } else { scale });
-            }
-            if nested { nest(&absmax) } else { Statistics::Plain(absmax) }
-        };
-        let codes = if code.bits() == 8 {
-            each
-        } else {
-            if each.len() % 2 == 1 {
-                each.push(nearest.code(0.0));
-            }
-            each.as_chunks::<2>().0.iter().map(|[first, second]| first << 4 | second).collect()
+                fill(codes, code, values.iter().map(|value| numbers(scaled(value).clamp(-1.0, 1.0))));
+                (if whole { largest } else { scale }, 0.0)
+            })
+            .collect();
+        let (scales, lows): (Vec<f32>, Vec<f32>) = blocks.into_iter().unzip();
+        // The distance of two finite values need not be finite.
+        check_finite(&scales)?;
+        let statistics = match code {
+            Code::Int4Affine => Statistics::Affine { ranges: scales, lows },
+            _ if nested => nest(&scales),
+            _ => Statistics::Plain(scales),
         };
         Ok(Self { code, block, len: values.len(), codes, statistics })
     }
@@ -181,6 +179,15 @@ impl Packed {
                 length("scales of block scales", blocks.div_ceil(NESTED_BLOCK), scales.len())?;
             }
             _ => return Err(Error::Statistics(code)),
+        }
+        match &statistics {
+            Statistics::Plain(scales) => check_finite(scales)?,
+            Statistics::Affine { ranges, lows } => {
+                [ranges, lows].into_iter().try_for_each(|values| check_finite(values))?
+            }
+            Statistics::Nested { scales, offset, .. } => {
+                check_finite(scales).and_then(|()| check_finite(&[*offset]))?
+            }
         }
         if let Some(number) =
             codes.iter().find(|number| code == Code::Int8 && usize::from(**number) >= code.values().len())
@@ -236,6 +243,11 @@ impl Packed {
         &self.statistics
     }
 
+    /// The numbers and the scales.
+    pub(crate) fn into_parts(self) -> (Vec<u8>, Statistics) {
+        (self.codes, self.statistics)
+    }
+
     /// Bytes that the tensor takes: codes and statistics.
     pub fn bytes(&self) -> usize {
         self.codes.len() + self.statistics.bytes()
@@ -265,6 +277,15 @@ impl Statistics {
     }
 }
 
+/// Numbers into bytes: of 4 bits two, the first in the upper half; a last one alone goes with the number of zero.
+fn fill(bytes: &mut [u8], code: Code, mut numbers: impl Iterator<Item = u8>) {
+    let eight = code.bits() == 8;
+    for byte in bytes {
+        let Some(first) = numbers.next() else { return };
+        *byte = if eight { first } else { first << 4 | numbers.next().unwrap_or_else(|| code.nearest().code(0.0)) };
+    }
+}
+
 fn check_block(code: Code, block: usize) -> Result<(), Error> {
     let expected = match code {
         _ if BLOCKS.contains(&block) => return Ok(()),
@@ -273,6 +294,13 @@ fn check_block(code: Code, block: usize) -> Result<(), Error> {
         _ => "a power of two in 32..=4096",
     };
     Err(Error::Block { expected, found: block })
+}
+
+fn check_finite(values: &[f32]) -> Result<(), Error> {
+    match values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        Some((index, value)) => Err(Error::NotFinite { index, value: *value }),
+        None => Ok(()),
+    }
 }
 
 fn largest(values: &[f32]) -> f32 {
@@ -345,7 +373,7 @@ mod tests {
             Err(Error::Block { expected: "a power of two in 32..=4096", found: 48 })
         );
         let error = Packed::pack(&[0.0, f32::INFINITY], Code::Nf4, 64, false).unwrap_err().to_string();
-        assert_eq!(error, "value 1 is inf; only finite weights can be packed");
+        assert_eq!(error, "value 1 is inf; weights and their scales must be finite");
     }
 
     /// No value is further off than half a step of its block; an affine step is the smaller one where a block has one sign.

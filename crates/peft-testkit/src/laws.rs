@@ -2,6 +2,7 @@
 
 mod files;
 mod forward;
+mod packed;
 mod setup;
 mod training;
 
@@ -11,11 +12,12 @@ use burn::nn::Initializer;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig};
 use burn::tensor::{DType, Device};
 use peft_core::{Method, Scan, Site, attach, scan};
+use peft_quant::Code;
 use serde_json::Value;
 
 use crate::stack::WIDTH;
 use crate::state::{Part, fill};
-use crate::{Check, Failure, Finding, Matrix, Outcome, Seam, Stack, fill_adapter};
+use crate::{Check, Failure, Matrix, Outcome, Seam, Stack, fill_adapter};
 
 /// One adapted layer in double precision, for a reference formula.
 #[derive(Clone, Debug)]
@@ -107,7 +109,7 @@ impl<M: Method> Laws<M> {
     /// Looks at every law on `device` and gives each outcome to `report` as soon as it is there.
     pub fn run_with(&self, device: &Device, mut report: impl FnMut(&Check)) -> Vec<Check> {
         let subject = Subject { laws: self, device: device.clone().autodiff() };
-        let laws: [(&str, Law<M>); 20] = [
+        let laws: [(&str, Law<M>); 25] = [
             ("identity", forward::identity),
             ("base_frozen", training::base_frozen),
             ("adapter_moves", training::adapter_moves),
@@ -115,7 +117,12 @@ impl<M: Method> Laws<M> {
             ("seams", training::seams),
             ("save_load", files::save_load),
             ("file", files::file),
-            ("packed", |_| Ok(Finding::Skipped("packed bases come with peft-quant".to_owned()))),
+            ("packed_nf4", |subject| packed::packed(subject, Code::Nf4, false)),
+            ("packed_nf4_double", |subject| packed::packed(subject, Code::Nf4, true)),
+            ("packed_fp4", |subject| packed::packed(subject, Code::Fp4, false)),
+            ("packed_int4", |subject| packed::packed(subject, Code::Int4, false)),
+            ("packed_int4_affine", |subject| packed::packed(subject, Code::Int4Affine, false)),
+            ("packed_int8", |subject| packed::packed(subject, Code::Int8, false)),
             ("f16", |subject| training::half(subject, DType::F16)),
             ("bf16", |subject| training::half(subject, DType::BF16)),
             ("valid_train", training::valid_train),

@@ -1,7 +1,7 @@
 //! The custom operations of `peft-kernels` on a device, against double precision.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft_core::kernels::{PackedLayout, PackedMatrix};
+use peft_core::kernels::{BlockScales, PackedData, PackedLayout, PackedMatrix};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -89,13 +89,12 @@ impl Sample {
             f64::from(table[usize::from(*number)]) * f64::from(scale(block)) + f64::from(low(block))
         };
         let dense = numbers.iter().enumerate().map(value).collect();
-        let weight = match scales {
-            Scales::Plain => PackedMatrix::new(layout, &bytes, &table, &each, None, device),
-            Scales::Affine => PackedMatrix::new(layout, &bytes, &table, &each, Some(&lows), device),
-            Scales::Nested => {
-                PackedMatrix::nested(layout, &bytes, &table, &scale_numbers, &map, &outer, offset, device)
-            }
+        let scales = match scales {
+            Scales::Plain => BlockScales::Plain(each),
+            Scales::Affine => BlockScales::Affine { scales: each, lows },
+            Scales::Nested => BlockScales::Nested { numbers: scale_numbers, map: map.into(), scales: outer, offset },
         };
+        let weight = PackedMatrix::new(PackedData { layout, bytes, table: table.into(), scales }, device);
         Self { weight, dense }
     }
 

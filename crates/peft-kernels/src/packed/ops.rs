@@ -4,14 +4,14 @@
     allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")
 )]
 
-use burn::backend::autodiff::checkpoint::base::Checkpointer;
-use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 #[cfg(feature = "flex")]
 use burn::backend::Flex;
 #[cfg(feature = "ndarray")]
 use burn::backend::NdArray;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 #[cfg(feature = "cube")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -122,7 +122,7 @@ fn values<B: Backend>(
     let each = 32 / layout.bits;
     let number = |at: usize| {
         // Bytes from the lowest; in each the upper half first.
-        let shift = if layout.bits == 4 { 8 * (at / 2) + 4 * (1 - at % 2) } else { 8 * at };
+        let shift = if layout.bits == 4 { 4 * (at ^ 1) } else { 8 * at };
         let shifted = B::bitwise_right_shift_scalar(numbers.clone(), (shift as i64).into());
         let number = B::bitwise_and_scalar(shifted, ((1_i64 << layout.bits) - 1).into());
         B::int_reshape(number, Shape::new([words, 1]))

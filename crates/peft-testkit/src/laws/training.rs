@@ -17,14 +17,16 @@ use crate::{Failure, Finding, Outcome, Seam, Stack, fill_adapter, read};
 const HALF: f64 = 2e-2;
 
 /// Output, and the gradients of a fixed weighted sum of it.
-struct Run {
+pub(super) struct Run {
     output: Vec<f64>,
     /// By adapter tensor, and `x` for the input.
     grads: BTreeMap<String, Vec<f64>>,
 }
 
 impl Run {
-    fn new(model: &Stack, seam: Seam, device: &Device, dtype: DType) -> Result<Self, Failure> {
+    pub(super) fn new(model: &Stack, seam: Seam, device: &Device, dtype: DType) -> Result<Self, Failure> {
+        // Dropout draws the same numbers in every run.
+        device.seed(0);
         let x = input(WIDTH, 3, device, dtype).require_grad();
         let y = model.forward(seam, ids(device), x.clone());
         let mut tape = (y.clone() * input(WIDTH, 4, device, dtype)).sum().backward();
@@ -35,13 +37,13 @@ impl Run {
         Ok(Self { output: read(y)?, grads })
     }
 
-    fn deviation(&self, other: &Self) -> f64 {
+    pub(super) fn deviation(&self, other: &Self) -> f64 {
         worse(deviation(&self.output, &other.output), deviation_of(&self.grads, &other.grads))
     }
 }
 
 /// `steps` steps of `AdamW` towards a fixed output. Without weight decay, so that only a gradient moves a tensor.
-fn train(mut model: Stack, seam: Seam, steps: usize, device: &Device) -> Stack {
+pub(super) fn train(mut model: Stack, seam: Seam, steps: usize, device: &Device) -> Stack {
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.0).init();
     let (x, target) = (input(WIDTH, 3, device, DType::F32), input(WIDTH, 4, device, DType::F32));
     for _ in 0..steps {

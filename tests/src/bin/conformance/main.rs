@@ -1,4 +1,4 @@
-//! Every check on one device: the laws for LoRA, golden logits, and a short training next to the same on Burn's default CPU backend.
+//! Every check on one device: the laws for LoRA, the custom operations, golden logits, and a short training next to the same on Burn's default CPU backend.
 //!
 //! `cargo xtask test-backends` runs it once per backend. Exit code 0 when no check failed, 1 when one did, and 3 when the device cannot be
 //! had; then the last line on standard error says why.
@@ -10,7 +10,7 @@ mod statement;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use peft_testkit::{Check, table};
+use peft_testkit::{Check, operations, table};
 
 /// Runs every check on one device.
 #[derive(Parser)]
@@ -92,6 +92,11 @@ fn main() -> ExitCode {
         laws = laws.skip("encoder", reason);
     }
     let mut checks = laws.run_with(&device, report);
+    for (name, check) in operations() {
+        let check = Check::run(name, || check(&device));
+        report(&check);
+        checks.push(check);
+    }
     for (name, check) in models::checks() {
         let check = match slow {
             Some(reason) => Check::skip(name, reason),

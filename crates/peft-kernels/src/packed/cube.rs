@@ -1,0 +1,234 @@
+//! Kernels for CubeCL's backends: one that unpacks, feeding the backend's own matrix product; and one that multiplies few rows while it unpacks,
+//! which decoding a token at a time is.
+
+use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::ops::FloatTensorOps as _;
+use burn::backend::tensor::FloatTensor;
+use burn::cubecl;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::cubecl::calculate_cube_count_elemwise;
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_dtype;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::{PackedLayout, PackedOps, Primitive, ScalesPrimitive, nested_layout};
+
+/// Up to this number of rows the weight is unpacked in the product itself: it is bound by reading the weight.
+const FEW_ROWS: usize = 4;
+
+/// Threads that share an output value.
+const UNITS: usize = 64;
+
+/// The most groups of threads in a direction that every device allows.
+const MOST_CUBES: usize = 65_535;
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    bits: usize,
+    block: usize,
+    affine: bool,
+}
+
+/// Number `i` of a word, at place `at` of the matrix, as the value it stands for.
+#[cube]
+fn value(
+    word: u32,
+    i: usize,
+    at: usize,
+    table: &Tensor<f32>,
+    scales: &Tensor<f32>,
+    lows: &Tensor<f32>,
+    #[comptime] kind: Kind,
+) -> f32 {
+    let mut number = word >> (8u32 * i as u32) & 255u32;
+    if comptime!(kind.bits == 4) {
+        // Bytes from the lowest; in each the upper half first.
+        number = word >> (4u32 * (i as u32 ^ 1u32)) & 15u32;
+    }
+    let mut value = table[number as usize] * scales[at / kind.block];
+    if comptime!(kind.affine) {
+        value += lows[at / kind.block];
+    }
+    value
+}
+
+/// A thread unpacks a word.
+#[cube(launch)]
+fn unpack_kernel<F: Float>(
+    numbers: &Tensor<u32>,
+    table: &Tensor<f32>,
+    scales: &Tensor<f32>,
+    lows: &Tensor<f32>,
+    output: &mut Tensor<F>,
+    offset: f32,
+    #[comptime] kind: Kind,
+    #[define(F)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS < numbers.len() {
+        let word = numbers[ABSOLUTE_POS];
+        let each = comptime!(32 / kind.bits);
+        #[unroll]
+        for i in 0..each {
+            let at = ABSOLUTE_POS * each + i;
+            if at < output.len() {
+                output[at] = F::cast_from(value(word, i, at, table, scales, lows, kind) + offset);
+            }
+        }
+    }
+}
+
+/// A group of threads computes one value: each goes through words of the row, then their sums are added up.
+#[cube(launch)]
+fn few_rows_kernel<F: Float>(
+    x: &Tensor<F>,
+    numbers: &Tensor<u32>,
+    table: &Tensor<f32>,
+    scales: &Tensor<f32>,
+    lows: &Tensor<f32>,
+    output: &mut Tensor<F>,
+    d_in: u32,
+    d_out: u32,
+    #[comptime] kind: Kind,
+    #[define(F)] _dtype: ElemType,
+) {
+    let (o, row) = (CUBE_POS_X as usize, CUBE_POS_Y as usize);
+    let (d_in, unit) = (d_in as usize, UNIT_POS_X as usize);
+    let each = comptime!(32 / kind.bits);
+    let words = d_in / each;
+    let mut sum = 0.0f32;
+    let mut at = unit;
+    while at < words {
+        let word = numbers[o * words + at];
+        #[unroll]
+        for i in 0..each {
+            let column = at * each + i;
+            let weight = value(word, i, o * d_in + column, table, scales, lows, kind);
+            sum += f32::cast_from(x[row * d_in + column]) * weight;
+        }
+        at += comptime!(UNITS);
+    }
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(UNITS));
+    sums[unit] = sum;
+    sync_cube();
+    let mut half = comptime!(UNITS / 2).runtime();
+    while half > 0 {
+        if unit < half {
+            let other = sums[unit + half];
+            sums[unit] += other;
+        }
+        sync_cube();
+        half /= 2;
+    }
+    if unit == 0 {
+        output[row * d_out as usize + o] = F::cast_from(sums[0]);
+    }
+}
+
+impl PackedOps for CubeBackend {
+    fn packed_unpack(packed: Primitive<Self>) -> FloatTensor<Self> {
+        Flat::of(packed).unpack(DType::F32)
+    }
+
+    fn packed_linear(x: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        let packed = Flat::of(packed);
+        if packed.takes_few_rows(&x) {
+            packed.few_rows(x)
+        } else {
+            Self::float_matmul(x.clone(), transposed(packed.unpack(x.dtype)))
+        }
+    }
+
+    fn packed_linear_backward(grad: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        let weight = Flat::of(packed).unpack(grad.dtype);
+        Self::float_matmul(grad, weight)
+    }
+}
+
+fn transposed(weight: CubeTensor) -> CubeTensor {
+    CubeBackend::float_swap_dims(weight, 0, 1)
+}
+
+/// A packed matrix with a scale in f32 for each block: packed scales are unpacked, which takes a fraction of the matrix.
+struct Flat {
+    numbers: CubeTensor,
+    table: CubeTensor,
+    scales: CubeTensor,
+    lows: Option<CubeTensor>,
+    layout: PackedLayout,
+    offset: f32,
+}
+
+impl Flat {
+    fn of(packed: Primitive<CubeBackend>) -> Self {
+        let Primitive { numbers, table, scales, layout } = packed;
+        let (scales, lows) = match scales {
+            ScalesPrimitive::Plain { scales } => (scales, None),
+            ScalesPrimitive::Affine { scales, lows } => (scales, Some(lows)),
+            ScalesPrimitive::Nested { numbers, map, scales, offset } => {
+                let layout = nested_layout(layout);
+                let packed = Self { numbers, table: map, scales, lows: None, layout, offset };
+                (packed.unpack(DType::F32), None)
+            }
+        };
+        let [numbers, table, scales] = [numbers, table, scales].map(into_contiguous);
+        Self { numbers, table, scales, lows: lows.map(into_contiguous), layout, offset: 0.0 }
+    }
+
+    fn kind(&self) -> Kind {
+        Kind { bits: self.layout.bits, block: self.layout.block, affine: self.lows.is_some() }
+    }
+
+    /// The dense matrix in that type.
+    fn unpack(self, dtype: DType) -> CubeTensor {
+        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
+        let client = self.numbers.client.clone();
+        let output = empty_device_dtype(client.clone(), self.numbers.device.clone(), Shape::new([d_out, d_in]), dtype);
+        let words = self.layout.words();
+        let cube_dim = CubeDim::new(&client, words);
+        unpack_kernel::launch(
+            &client,
+            calculate_cube_count_elemwise(&client, words, cube_dim),
+            cube_dim,
+            self.numbers.into_tensor_arg(),
+            self.table.into_tensor_arg(),
+            self.scales.clone().into_tensor_arg(),
+            self.lows.unwrap_or(self.scales).into_tensor_arg(),
+            output.clone().into_tensor_arg(),
+            self.offset,
+            kind,
+            dtype_to_storage_type(dtype),
+        );
+        output
+    }
+
+    /// Whether the product is one for [`few_rows_kernel`]: it needs rows of whole words.
+    fn takes_few_rows(&self, x: &CubeTensor) -> bool {
+        let PackedLayout { d_out, d_in, bits, .. } = self.layout;
+        x.meta.shape()[0] <= FEW_ROWS && d_in % (32 / bits) == 0 && d_out <= MOST_CUBES
+    }
+
+    fn few_rows(self, x: CubeTensor) -> CubeTensor {
+        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
+        let (rows, dtype, client) = (x.meta.shape()[0], x.dtype, x.client.clone());
+        let output = empty_device_dtype(client.clone(), x.device.clone(), Shape::new([rows, d_out]), dtype);
+        few_rows_kernel::launch(
+            &client,
+            CubeCount::Static(d_out as u32, rows as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            into_contiguous(x).into_tensor_arg(),
+            self.numbers.into_tensor_arg(),
+            self.table.into_tensor_arg(),
+            self.scales.clone().into_tensor_arg(),
+            self.lows.unwrap_or(self.scales).into_tensor_arg(),
+            output.clone().into_tensor_arg(),
+            d_in as u32,
+            d_out as u32,
+            kind,
+            dtype_to_storage_type(dtype),
+        );
+        output
+    }
+}
