@@ -183,7 +183,7 @@ pub struct Nested {
 /// };
 /// let weight = PackedMatrix::new(data, &Device::flex());
 /// let y = weight.linear(Tensor::<2>::from_floats([[1.0, 10.0]], &Device::flex()));
-/// assert_eq!(y.into_data().to_vec::<f32>()?, [0.5 + 10.0, -0.5]);
+/// assert_eq!(y.into_data().try_to_vec::<f32>()?, [0.5 + 10.0, -0.5]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Module, Debug)]

@@ -1,14 +1,20 @@
 //! A Hugging Face directory as a source of tensors: one `model.safetensors`, or shards with an index.
+//!
+//! The tensors of a weight that bitsandbytes has packed are one tensor here, by the weight's name and in its shape.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use peft_core::files::decode;
+use peft_core::kernels::PackedData;
+use peft_quant::{BnbWeight, Stored, packed_weight, part_names};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use crate::export::OutFile;
 use crate::weights::{TensorInfo, Weights};
 use crate::{Error, Result};
 
@@ -19,6 +25,8 @@ pub struct Checkpoint {
     tensors: Vec<TensorInfo>,
     places: Vec<Place>,
     files: Vec<Shard>,
+    /// Parts of packed weights, by name.
+    parts: BTreeMap<String, (TensorInfo, Place)>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,6 +83,7 @@ impl Checkpoint {
                     shape: info.shape.clone(),
                     dtype: format!("{:?}", info.dtype),
                     bytes: (end - start) as u64,
+                    packed_rows: false,
                 };
                 let place = Place { file: at, start: data_start + start as u64, dtype: info.dtype };
                 if found.insert(name.clone(), (tensor, place)).is_some() {
@@ -82,8 +91,56 @@ impl Checkpoint {
                 }
             }
         }
-        let (tensors, places) = found.into_values().unzip();
-        Ok(Self { dir: dir.to_owned(), tensors, places, files })
+        let mut checkpoint =
+            Self { dir: dir.to_owned(), tensors: Vec::new(), places: Vec::new(), files, parts: BTreeMap::new() };
+        checkpoint.collect_packed(&mut found)?;
+        (checkpoint.tensors, checkpoint.places) = found.into_values().unzip();
+        Ok(checkpoint)
+    }
+
+    /// Makes one tensor of those of each packed weight.
+    fn collect_packed(&mut self, found: &mut BTreeMap<String, (TensorInfo, Place)>) -> Result<()> {
+        let packed =
+            found.keys().filter_map(|name| packed_weight(name).map(|(weight, code)| (weight.to_owned(), code)));
+        for (name, code) in packed.collect::<Vec<_>>() {
+            let parts = part_names(&name).chain([name.clone()]).filter_map(|part| found.remove_entry(&part));
+            self.parts.extend(parts);
+            let Some((numbers, place)) = self.parts.get(&name) else {
+                return Err(Error::format(
+                    &self.dir,
+                    format!("{name}: packed by its state, but its numbers are missing"),
+                ));
+            };
+            let (numbers, place) = (numbers.clone(), *place);
+            let shape = self.packed_weight(&name)?.map(|weight| weight.shape).unwrap_or_default();
+            let dtype = code.name().to_uppercase();
+            let info = TensorInfo { name: name.clone(), shape, dtype, bytes: numbers.bytes, packed_rows: true };
+            found.insert(name, (info, place));
+        }
+        Ok(())
+    }
+
+    /// The packed weight of that name, if it is one.
+    ///
+    /// # Errors
+    /// When it is malformed, or the file cannot be read.
+    pub fn packed_weight(&self, name: &str) -> Result<Option<BnbWeight>> {
+        if !self.parts.contains_key(name) {
+            return Ok(None);
+        }
+        let failed = RefCell::new(None);
+        let weight = BnbWeight::read(name, |part| {
+            let (info, place) = self.parts.get(part)?;
+            let data = self.bytes_at(info, *place).map_err(|error| failed.replace(Some(error))).ok()?;
+            Some(Stored { dtype: place.dtype, shape: info.shape.clone(), data })
+        });
+        failed.into_inner().map_or(Ok(()), Err)?;
+        weight.map_err(|e| Error::format(&self.dir, e.to_string()))
+    }
+
+    /// Whether a weight is stored packed.
+    pub fn is_packed(&self) -> bool {
+        !self.parts.is_empty()
     }
 
     /// The shards' file names, in the order of the index.
@@ -99,12 +156,21 @@ impl Checkpoint {
         self.tensors.iter().zip(&self.places).filter(move |(_, p)| p.file == file).map(|(t, p)| (t, p.dtype))
     }
 
+    pub(crate) fn out_files(&self) -> Vec<OutFile<'_>> {
+        let shard =
+            |(at, file): (usize, &str)| OutFile { at, file: file.to_owned(), tensors: self.in_file(at).collect() };
+        self.files().enumerate().map(shard).collect()
+    }
+
     /// The bytes of one tensor, as they are in the file.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn bytes(&self, info: &TensorInfo) -> Result<Vec<u8>> {
-        let place = self.place(info)?;
+        self.bytes_at(info, self.place(info)?)
+    }
+
+    fn bytes_at(&self, info: &TensorInfo, place: Place) -> Result<Vec<u8>> {
         let path = match &self.files[place.file] {
             Shard::File(path) => path,
             Shard::Memory(bytes) => {
@@ -145,11 +211,21 @@ impl Weights for Checkpoint {
     }
 
     fn read(&self, info: &TensorInfo) -> Result<Vec<f32>> {
+        if let Some(weight) = self.packed_weight(&info.name)? {
+            return Ok(weight.packed.unpack());
+        }
         let dtype = self.place(info)?.dtype;
         decode(dtype, &self.bytes(info)?).ok_or_else(|| Error::Unsupported {
             what: format!("{}: type {dtype:?} in {}", info.name, self.dir.display()),
             hint: "F32, F16, BF16 and F64 are read".to_owned(),
         })
+    }
+
+    fn packed(&self, info: &TensorInfo) -> Result<Option<PackedData>> {
+        let Some(BnbWeight { packed, shape, .. }) = self.packed_weight(&info.name)? else { return Ok(None) };
+        let wrong = |what: String| Error::format(&self.dir, format!("{}: {what}", info.name));
+        let shape = <[usize; 2]>::try_from(&shape[..]).map_err(|_| wrong(format!("shape {shape:?} is no matrix")))?;
+        packed.into_matrix(shape).map(Some).map_err(|e| wrong(e.to_string()))
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::load::{HfTensor, export_weights};
 use crate::tokenizer::Tokenizer;
+use crate::weights::TensorInfo;
 use crate::{Error, Result};
 
 /// Writes `module` as a Hugging Face directory with all tensors in `dtype`, which must be a float type.
@@ -43,32 +44,55 @@ pub fn rewrite(
     tokenizer: Option<&Tokenizer>,
     dir: &Path,
 ) -> Result<()> {
-    let files: Vec<String> = base.files().map(str::to_owned).collect();
-    let mut weight_map: BTreeMap<String, Value> = BTreeMap::new();
-    let mut total = 0;
-    for (at, file) in files.iter().enumerate() {
+    let files = base.files().count();
+    write_files(base.out_files(), config, tokenizer, dir, |shard| {
         let mut tensors = Vec::new();
-        for (info, dtype) in base.in_file(at) {
+        for (info, dtype) in &shard.tensors {
             tensors.push(match replaced.remove(&info.name) {
-                Some(new) if new.shape == info.shape => to_raw(info.name.clone(), dtype, new, dir)?,
+                Some(new) if new.shape == info.shape => to_raw(info.name.clone(), *dtype, new, dir)?,
                 Some(new) => {
                     return Err(Error::format(
                         dir,
                         format!("{}: expected shape {:?}, found {:?}", info.name, info.shape, new.shape),
                     ));
                 }
-                None => Raw { name: info.name.clone(), dtype, shape: info.shape.clone(), bytes: base.bytes(info)? },
+                None => Raw::copy(base, info, *dtype)?,
             });
         }
-        if at + 1 == files.len() {
+        if shard.at + 1 == files {
             let dtype = tensors.first().map_or(Dtype::F32, |t| t.dtype);
             for (name, tensor) in std::mem::take(&mut replaced) {
                 tensors.push(to_raw(name, dtype, tensor, dir)?);
             }
         }
+        Ok(tensors)
+    })
+}
+
+/// A file of a checkpoint that is written.
+pub(crate) struct OutFile<'a> {
+    pub(crate) at: usize,
+    pub(crate) file: String,
+    /// What the file of the same name at the source holds.
+    pub(crate) tensors: Vec<(&'a TensorInfo, Dtype)>,
+}
+
+/// Writes a checkpoint file by file, each with the tensors that `tensors_of` gives for it; then the index, if there are several, and the rest of the
+/// directory.
+pub(crate) fn write_files(
+    files: Vec<OutFile<'_>>,
+    config: &Value,
+    tokenizer: Option<&Tokenizer>,
+    dir: &Path,
+    mut tensors_of: impl FnMut(&OutFile<'_>) -> Result<Vec<Raw>>,
+) -> Result<()> {
+    let mut weight_map: BTreeMap<String, Value> = BTreeMap::new();
+    let mut total = 0;
+    for shard in &files {
+        let tensors = tensors_of(shard)?;
         total += tensors.iter().map(|t| t.bytes.len()).sum::<usize>();
-        weight_map.extend(tensors.iter().map(|t| (t.name.clone(), Value::from(file.as_str()))));
-        save_shard(dir, file, tensors)?;
+        weight_map.extend(tensors.iter().map(|t| (t.name.clone(), Value::from(shard.file.as_str()))));
+        save_shard(dir, &shard.file, tensors)?;
     }
     if files.len() > 1 {
         let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
@@ -77,14 +101,22 @@ pub fn rewrite(
     save_extras(config, tokenizer, dir)
 }
 
-struct Raw {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+/// A tensor as a file holds it.
+pub(crate) struct Raw {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
 }
 
-fn to_raw(name: String, dtype: Dtype, tensor: HfTensor, dir: &Path) -> Result<Raw> {
+impl Raw {
+    /// A tensor of `base`, byte for byte.
+    pub(crate) fn copy(base: &Checkpoint, info: &TensorInfo, dtype: Dtype) -> Result<Self> {
+        Ok(Self { name: info.name.clone(), dtype, shape: info.shape.clone(), bytes: base.bytes(info)? })
+    }
+}
+
+pub(crate) fn to_raw(name: String, dtype: Dtype, tensor: HfTensor, dir: &Path) -> Result<Raw> {
     let bytes = encode(dtype, &tensor.values);
     let bytes = bytes
         .ok_or_else(|| Error::format(dir, format!("{name}: {dtype:?} is not a type that a float can be rounded to")))?;

@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use peft_core::kernels::PackedData;
 use rayon::prelude::*;
 
 use self::metadata::Metadata;
@@ -123,17 +124,29 @@ impl Gguf {
 
     /// The values of a tensor in the order of the file.
     fn values(&self, stored: &Stored) -> Result<Vec<f32>> {
-        let Stored { name, start, bytes, format, .. } = stored;
+        let Stored { name, format, .. } = stored;
+        format.decode(&self.bytes(stored)?).ok_or_else(|| Error::Unsupported {
+            what: format!("{}: `{name}` of type {}", self.path.display(), format.name),
+            hint: "quantise the model as Q4_0, Q4_1, Q4_K, Q5_K, Q6_K or Q8_0, or convert it to F16".into(),
+        })
+    }
+
+    /// The bytes of a tensor.
+    fn bytes(&self, stored: &Stored) -> Result<Vec<u8>> {
+        let Stored { name, start, bytes, .. } = stored;
         let too_big =
             |_| Error::format(&self.path, format!("`{name}` has {bytes} bytes, more than this machine addresses"));
         let mut packed = vec![0; usize::try_from(*bytes).map_err(too_big)?];
         let mut file = File::open(&self.path).map_err(Error::io(&self.path))?;
         file.seek(SeekFrom::Start(*start)).map_err(Error::io(&self.path))?;
         file.read_exact(&mut packed).map_err(Error::io(&self.path))?;
-        format.decode(&packed).ok_or_else(|| Error::Unsupported {
-            what: format!("{}: `{name}` of type {}", self.path.display(), format.name),
-            hint: "quantise the model as Q4_0, Q4_1, Q4_K, Q5_K, Q6_K or Q8_0, or convert it to F16".into(),
-        })
+        Ok(packed)
+    }
+
+    fn source(&self, info: &TensorInfo) -> Result<&(Stored, Layout)> {
+        let missing = |_| Error::format(&self.path, format!("it has no tensor `{}`", info.name));
+        let index = self.tensors.binary_search_by(|tensor| tensor.name.cmp(&info.name)).map_err(missing)?;
+        Ok(&self.sources[index])
     }
 }
 
@@ -147,15 +160,26 @@ impl Weights for Gguf {
     }
 
     fn read(&self, info: &TensorInfo) -> Result<Vec<f32>> {
-        let missing = |_| Error::format(&self.path, format!("it has no tensor `{}`", info.name));
-        let index = self.tensors.binary_search_by(|tensor| tensor.name.cmp(&info.name)).map_err(missing)?;
-        let (stored, layout) = &self.sources[index];
+        let (stored, layout) = self.source(info)?;
         let values = self.values(stored)?;
         Ok(match *layout {
             Layout::Same => values,
             Layout::Transposed => transposed(&values, stored.shape[1]),
             Layout::Interleaved { heads } => halves(&values, stored.shape[0], heads),
         })
+    }
+
+    fn packed(&self, info: &TensorInfo) -> Result<Option<PackedData>> {
+        let (stored, layout) = self.source(info)?;
+        let Stored { format, shape, .. } = stored;
+        let [d_out, d_in] = shape[..] else { return Ok(None) };
+        let bytes = match *layout {
+            // The file has the rows of a linear layer whatever `transformers` has.
+            Layout::Same | Layout::Transposed => self.bytes(stored)?,
+            // Rows are whole blocks, so they can change places packed.
+            Layout::Interleaved { heads } => halves(&self.bytes(stored)?, d_out, heads),
+        };
+        Ok(format.repack(&bytes, [d_out, d_in]))
     }
 }
 
@@ -171,7 +195,7 @@ fn describe(name: String, stored: &Stored, layout: Layout, path: &Path) -> Resul
             return Err(Error::format(path, what));
         }
     }
-    Ok(TensorInfo { name, shape, dtype: stored.format.name.to_owned(), bytes: stored.bytes })
+    Ok(TensorInfo { name, shape, dtype: stored.format.name.to_owned(), bytes: stored.bytes, packed_rows: false })
 }
 
 /// `[rows, columns]` to `[columns, rows]`.
@@ -187,9 +211,9 @@ fn transposed(values: &[f32], columns: usize) -> Vec<f32> {
 }
 
 /// Undoes [`Layout::Interleaved`] on `rows` rows.
-fn halves(values: &[f32], rows: usize, heads: usize) -> Vec<f32> {
+fn halves<T: Copy + Default + Send + Sync>(values: &[T], rows: usize, heads: usize) -> Vec<T> {
     let (width, head_dim) = (values.len() / rows, rows / heads);
-    let mut out = vec![0.0; values.len()];
+    let mut out = vec![T::default(); values.len()];
     out.par_chunks_mut(width).enumerate().for_each(|(row, out)| {
         let (head, half, pair) = (row / head_dim, row % head_dim / (head_dim / 2), row % (head_dim / 2));
         let source = head * head_dim + 2 * pair + half;

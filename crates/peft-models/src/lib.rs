@@ -15,6 +15,7 @@ mod gpt2;
 mod llama;
 pub mod load;
 mod pretrained;
+pub mod quantize;
 mod tiny;
 pub mod tokenizer;
 pub mod weights;

@@ -1,62 +1,137 @@
 //! Weights into a model and out of it, by Hugging Face's names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use burn::module::{Module, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::module::{Module, Param, ParamId};
+use burn::tensor::{Device, Tensor, TensorData};
 use peft_core::files::transpose;
-use peft_core::{ParamMapper, ParamVisitor, PathStack, hf_name, map_params, visit_params};
+use peft_core::kernels::{PackedData, PackedLayout, PackedMatrix};
+use peft_core::{LayerKind, ParamMapper, ParamVisitor, PathStack, Site, hf_name, map_params, pack, scan, visit_params};
+use peft_quant::Quantization;
+use rayon::prelude::*;
 
-use crate::weights::Weights;
+use crate::weights::{TensorInfo, Weights};
 use crate::{Error, Result};
+
+/// In which form linear layers come into memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Packing {
+    /// Packed where the file holds them packed, with the file's own numbers.
+    #[default]
+    AsStored,
+    /// Dense, all of them.
+    Dense,
+    /// As stored where the file holds them packed; others are packed while they are read, so that the dense model never exists.
+    Quantize(Quantization),
+}
 
 /// Puts `weights` into `module`: any Burn module whose paths are the names of `transformers`.
 ///
-/// `ignored` says which tensors of the source may go unused, for instance buffers.
+/// `ignored` says which tensors of the source may go unused, for instance buffers. Linear layers are read and packed on all cores; besides the packed
+/// model, memory holds one dense tensor a core.
 ///
 /// # Errors
 /// [`Error::Weights`] with every missing, unknown and misshapen tensor; or the first that cannot be read.
-pub fn load_weights<M: Module>(module: M, weights: &dyn Weights, ignored: impl Fn(&str) -> bool) -> Result<M> {
-    let mut loader = Loader { weights, used: BTreeSet::new(), problems: Vec::new(), failed: None };
-    let module = map_params(module, &mut loader);
-    let Loader { used, mut problems, failed, .. } = loader;
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    let unused = weights.tensors().iter().filter(|t| !used.contains(&t.name) && !ignored(&t.name));
+pub fn load_weights<M: Module>(
+    module: M,
+    weights: &dyn Weights,
+    packing: &Packing,
+    ignored: impl Fn(&str) -> bool,
+) -> Result<M> {
+    let mut plan = Plan { weights, sources: HashMap::new(), problems: Vec::new() };
+    visit_params(&module, &mut plan);
+    let Plan { sources, mut problems, .. } = plan;
+    let used: BTreeSet<&str> = sources.values().map(|source| source.info.name.as_str()).collect();
+    let unused = weights.tensors().iter().filter(|t| !used.contains(t.name.as_str()) && !ignored(&t.name));
     problems.extend(unused.map(|t| format!("  - {}: not part of this model", t.name)));
-    if problems.is_empty() { Ok(module) } else { Err(Error::Weights { path: weights.path().to_owned(), problems }) }
+    if !problems.is_empty() {
+        return Err(Error::Weights { path: weights.path().to_owned(), problems });
+    }
+    let sites = scan(&module).sites;
+    let packable = sites.par_iter().filter_map(|site| Some((site, sources.get(&site.id)?)));
+    let packed = packable.filter_map(|(site, source)| {
+        Some(source.packed(weights, site, packing).transpose()?.map(|data| (site.id, data)))
+    });
+    let devices: HashMap<ParamId, &Device> = sites.iter().map(|site| (site.id, &site.device)).collect();
+    let packed = packed.collect::<Result<Vec<_>>>()?.into_iter();
+    let packed = packed.map(|(id, data)| (id, PackedMatrix::new(data, devices[&id]))).collect();
+    let module = pack(module, packed)?;
+    let mut loader = Loader { weights, sources: &sources, failed: None };
+    let module = map_params(module, &mut loader);
+    loader.failed.map_or(Ok(module), Err)
 }
 
+/// Where a parameter's values come from.
+struct Source<'a> {
+    info: &'a TensorInfo,
+    /// Whether the file holds the transpose.
+    transposed: bool,
+}
+
+impl Source<'_> {
+    /// The weight of `site` in its packed form, if it is to have one.
+    fn packed(&self, weights: &dyn Weights, site: &Site, packing: &Packing) -> Result<Option<PackedData>> {
+        if site.kind == LayerKind::Embedding || *packing == Packing::Dense {
+            return Ok(None);
+        }
+        if let Some(stored) = weights.packed(self.info)? {
+            return Ok(Some(stored));
+        }
+        let Packing::Quantize(quantization) = packing else { return Ok(None) };
+        let Some(format) = quantization.format_of(site)? else { return Ok(None) };
+        let values = weights.read(self.info)?;
+        // The rows of a linear layer are what its file holds; GPT-2's layers are stored the other way.
+        let rows = if self.transposed { values } else { transpose(&values, site.d_in, site.d_out) };
+        let packed = format.pack(&rows).and_then(|packed| packed.into_matrix([site.d_out, site.d_in]));
+        packed.map(Some).map_err(|e| Error::format(weights.path(), format!("{}: {e}", self.info.name)))
+    }
+}
+
+/// Finds the source of each parameter.
+struct Plan<'a> {
+    weights: &'a dyn Weights,
+    sources: HashMap<ParamId, Source<'a>>,
+    problems: Vec<String>,
+}
+
+impl ParamVisitor for Plan<'_> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
+        let hf = hf_name(&at.locate(), D);
+        // GPT-2's own checkpoints leave out the outermost name.
+        let short = hf.name.strip_prefix("transformer.").unwrap_or(&hf.name);
+        let info = self.weights.find(&hf.name).or_else(|| self.weights.find(short));
+        let transposed = hf.transposed || info.is_some_and(|info| info.packed_rows);
+        let mut expected = param.lazy_shape().to_vec();
+        if transposed {
+            expected.reverse();
+        }
+        match info {
+            None => self.problems.push(format!("  - {}: missing; expected shape {expected:?}", hf.name)),
+            Some(info) if info.shape != expected => {
+                self.problems.push(format!("  - {}: expected shape {expected:?}, found {:?}", info.name, info.shape));
+            }
+            Some(info) => drop(self.sources.insert(param.id, Source { info, transposed })),
+        }
+    }
+}
+
+/// Fills the parameters that are not packed.
 struct Loader<'a> {
     weights: &'a dyn Weights,
-    used: BTreeSet<String>,
-    problems: Vec<String>,
+    sources: &'a HashMap<ParamId, Source<'a>>,
     failed: Option<Error>,
 }
 
 impl ParamMapper for Loader<'_> {
-    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let hf = hf_name(&at.locate(), D);
+    fn float<const D: usize>(&mut self, _at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(source) = self.sources.get(&param.id).filter(|_| self.failed.is_none()) else { return param };
         let shape = param.lazy_shape().to_vec();
-        let expected: Vec<usize> = if hf.transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
-        // GPT-2's own checkpoints leave out the outermost name.
-        let short = hf.name.strip_prefix("transformer.").unwrap_or(&hf.name);
-        let Some(info) = self.weights.find(&hf.name).or_else(|| self.weights.find(short)) else {
-            self.problems.push(format!("  - {}: missing; expected shape {expected:?}", hf.name));
-            return param;
-        };
-        self.used.insert(info.name.clone());
-        if info.shape != expected {
-            self.problems.push(format!("  - {}: expected shape {expected:?}, found {:?}", info.name, info.shape));
-            return param;
-        }
-        if self.failed.is_some() {
-            return param;
-        }
-        match self.weights.read(info) {
+        match self.weights.read(source.info) {
             Ok(values) => {
-                let values = if hf.transposed { transpose(&values, expected[0], expected[1]) } else { values };
+                let values = match shape[..] {
+                    [rows, columns] if source.transposed => transpose(&values, columns, rows),
+                    _ => values,
+                };
                 // The random initial value is never made: the lazy parameter is replaced, not read.
                 let value = Tensor::from_data(TensorData::new(values, shape), &param.lazy_device());
                 Param::initialized(param.id, value).set_require_grad(true)
@@ -81,7 +156,7 @@ pub struct HfTensor {
 /// The parameters of `module` by Hugging Face's names, those for which `wanted` holds.
 ///
 /// # Errors
-/// When the device fails to hand out a tensor.
+/// When the device fails to hand out a tensor, or a wanted weight is packed: merge first, or quantise the files instead.
 pub fn export_weights<M: Module>(module: &M, wanted: impl Fn(&str) -> bool) -> Result<BTreeMap<String, HfTensor>> {
     let mut exporter = Exporter { wanted, tensors: BTreeMap::new(), failed: None };
     visit_params(module, &mut exporter);
@@ -95,6 +170,14 @@ struct Exporter<F> {
 }
 
 impl<F: Fn(&str) -> bool> ParamVisitor for Exporter<F> {
+    fn packed(&mut self, at: &PathStack, _layout: PackedLayout) {
+        let hf = hf_name(&at.locate(), 2);
+        if (self.wanted)(&hf.name) {
+            let what = "the weight is packed; only dense weights can be written".to_owned();
+            self.failed = Some(Error::format(hf.name, what));
+        }
+    }
+
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let location = at.locate();
         let hf = hf_name(&location, D);

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::gguf::Gguf;
-use crate::load::load_weights;
+use crate::load::{Packing, load_weights};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::weights::Weights;
 use crate::{CausalLm, Error, Result, tiny};
@@ -157,12 +157,20 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Loads the model onto `device`, in f32.
+    /// Loads the model onto `device`: weights that the file holds packed stay so, all others become f32.
     ///
     /// # Errors
     /// When a file is missing, malformed or does not fit its configuration; when the architecture is not supported; when the hub cannot be
     /// reached.
     pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
+        Self::load_with(source, &Packing::AsStored, device)
+    }
+
+    /// [`load`](Self::load) with linear layers in the form that `packing` says.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); and when a weight cannot be packed.
+    pub fn load_with(source: &ModelSource, packing: &Packing, device: &Device) -> Result<Self> {
         let files = source.open()?;
         let config = files.model_config()?;
         let tied = config.is_tied();
@@ -172,7 +180,7 @@ impl Pretrained {
                 [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
             buffer || (tied && name == "lm_head.weight")
         };
-        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), ignored)?;
+        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), packing, ignored)?;
         Ok(Self { model, files })
     }
 

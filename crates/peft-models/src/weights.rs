@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use peft_core::kernels::PackedData;
+
 use crate::Result;
 
 /// Name, shape and stored type of one tensor, as Hugging Face `transformers` would call it.
@@ -11,10 +13,12 @@ pub struct TensorInfo {
     pub name: String,
     /// In the file's own order: `[d_out, d_in]` for a linear layer.
     pub shape: Vec<usize>,
-    /// For instance `F32`, `BF16`, `Q4_1`.
+    /// For instance `F32`, `BF16`, `Q4_1`, `NF4`.
     pub dtype: String,
     /// Bytes in the file.
     pub bytes: u64,
+    /// Whether it is the rows `[d_out, d_in]` of a packed linear layer, also where `transformers` stores that layer the other way.
+    pub packed_rows: bool,
 }
 
 /// A source of named tensors. Reading one tensor never reads the others.
@@ -30,6 +34,15 @@ pub trait Weights: Sync {
     /// # Errors
     /// When the file cannot be read, or is shorter than its header says.
     fn read(&self, info: &TensorInfo) -> Result<Vec<f32>>;
+
+    /// A matrix that is stored packed, as the rows `[d_out, d_in]` that a linear layer multiplies by; `None` for any other tensor.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn packed(&self, info: &TensorInfo) -> Result<Option<PackedData>> {
+        let _ = info;
+        Ok(None)
+    }
 
     /// The tensor of that name.
     fn find(&self, name: &str) -> Option<&TensorInfo> {

@@ -37,6 +37,34 @@ fn every_type_unpacks_bit_exactly() {
     assert_eq!(types, ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]);
 }
 
+/// The packed matrix of a tensor is the tensor, to the last bit, and takes no more bytes than its numbers and a scale in f32 for each run.
+#[test]
+fn blocks_are_repacked_number_for_number() {
+    use burn::tensor::Device;
+    use peft_core::kernels::PackedMatrix;
+
+    let gguf = open("types.gguf");
+    let mut repacked = Vec::new();
+    for info in gguf.tensors() {
+        let Some(data) = gguf.packed(info).unwrap() else { continue };
+        let matrix = PackedMatrix::new(data, &Device::flex());
+        let found: Vec<f32> = matrix.unpack().into_data().try_to_vec().unwrap();
+        // Zeros may lose their sign: nothing that a product sees.
+        assert_eq!(found, read(&gguf, &info.name), "{} {}", info.name, info.dtype);
+        repacked.push((info.dtype.as_str(), matrix.bytes()));
+    }
+    let scales = |run: usize| 4 * 1024 / run;
+    let expected = [
+        ("Q4_0", 512 + scales(32)),
+        ("Q4_1", 512 + 2 * scales(32)),
+        ("Q8_0", 1024 + scales(32)),
+        ("Q4_K", 512 + 2 * scales(32)),
+        ("Q5_K", 1024 + 2 * scales(32)),
+        ("Q6_K", 1024 + scales(16)),
+    ];
+    assert_eq!(repacked, expected);
+}
+
 /// All tensors of the file but the embedding count from 0 in Hugging Face's order.
 #[test]
 fn llama_tensors_are_in_hugging_face_order() {
