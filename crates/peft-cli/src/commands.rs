@@ -7,5 +7,6 @@ pub mod inspect;
 pub mod logits;
 pub mod merge;
 pub mod methods;
+pub mod quantize;
 pub mod quickstart;
 pub mod train;

@@ -9,6 +9,7 @@ pub mod interrupt;
 pub mod methods;
 pub mod model;
 pub mod output;
+pub mod packing;
 pub mod rows;
 pub mod settings;
 
@@ -56,6 +57,8 @@ pub enum Command {
     Generate(commands::generate::Args),
     /// Fold an adapter into its model and write a Hugging Face directory
     Merge(commands::merge::Args),
+    /// Write a model with packed weights, of about 4 or 8 bits a value
+    Quantize(commands::quantize::Args),
     /// Add several LoRA adapters of one model up into one
     Combine(commands::combine::Args),
     /// Show what a model or an adapter is made of
@@ -98,6 +101,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode> {
         Command::Eval(args) => commands::eval::run(&args, &context).map(done),
         Command::Generate(args) => commands::generate::run(&args, &context).map(done),
         Command::Merge(args) => commands::merge::run(&args, &context).map(done),
+        Command::Quantize(args) => commands::quantize::run(&args, &context).map(done),
         Command::Combine(args) => commands::combine::run(&args, &context).map(done),
         Command::Inspect(args) => commands::inspect::run(&args, &context).map(done),
         Command::Methods => commands::methods::run(&context).map(done),

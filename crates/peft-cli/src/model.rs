@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use peft_core::files::{TENSOR_FILE, read_values};
 use peft_core::{LayerKind, Targets};
+use peft_models::load::Packing;
 use peft_models::{CausalLm, ModelSource, Pretrained};
 
-use crate::{Result, methods};
+use crate::packing::PackingArgs;
+use crate::{Error, Result, methods};
 
 /// The model of a command that only reads.
 #[derive(Clone, Debug, clap::Args)]
@@ -18,6 +20,9 @@ pub struct ModelArgs {
     /// Folder with `adapter_config.json` and `adapter_model.safetensors`, as `peft train` or Hugging Face PEFT writes it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// In which form the model comes into memory
+    #[command(flatten)]
+    pub packing: PackingArgs,
 }
 
 impl ModelArgs {
@@ -26,7 +31,7 @@ impl ModelArgs {
     /// # Errors
     /// When either cannot be read, or they do not fit each other.
     pub fn load(&self, device: &Device) -> Result<Pretrained> {
-        let mut pretrained = load(&self.model, device)?;
+        let mut pretrained = load(&self.model, &self.packing.packing()?, device)?;
         if let Some(adapter) = &self.adapter {
             pretrained.model = methods::of_adapter(adapter)?.load(for_adapter(pretrained.model, adapter)?, adapter)?;
         }
@@ -38,9 +43,41 @@ impl ModelArgs {
 ///
 /// # Errors
 /// When there is no such model or it cannot be read.
-pub fn load(name: &str, device: &Device) -> Result<Pretrained> {
+pub fn load(name: &str, packing: &Packing, device: &Device) -> Result<Pretrained> {
     let source: ModelSource = name.parse()?;
-    Ok(Pretrained::load(&source, device)?)
+    Ok(Pretrained::load_with(&source, packing, device)?)
+}
+
+/// Refuses a folder that is one of `sources`, or holds a model and must not be overwritten.
+///
+/// # Errors
+/// [`Error::Usage`].
+pub fn check_new_model(out: &Path, overwrite: bool, sources: &[&Path]) -> Result<()> {
+    let place = std::fs::canonicalize(out).ok();
+    if place.is_some() && sources.iter().any(|source| std::fs::canonicalize(source).ok() == place) {
+        let what = format!("--out {}: this would overwrite what is to be read", out.display());
+        return Err(Error::usage(what, "give another folder"));
+    }
+    let taken = ["config.json", "model.safetensors", "model.safetensors.index.json"];
+    match taken.iter().find(|name| out.join(name).exists()) {
+        Some(name) if !overwrite => {
+            let what = format!("--out {}: there is a {name} already", out.display());
+            Err(Error::usage(what, "give another folder, or --overwrite"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies the file that names the tokens at which generation ends, which the other files of a model need not do.
+///
+/// # Errors
+/// When it is there and cannot be copied.
+pub fn copy_generation_config(from: &Path, to: &Path) -> Result<()> {
+    let name = "generation_config.json";
+    if from.join(name).is_file() {
+        std::fs::copy(from.join(name), to.join(name)).map_err(Error::io(to.join(name)))?;
+    }
+    Ok(())
 }
 
 /// Where the families keep what a tied model shares: the output head and the embedding table.

@@ -12,6 +12,7 @@ use peft_train::{Schedule, TrainConfig};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
+use crate::packing::PackingArgs;
 use crate::{Error, Result};
 
 /// Everything that decides what a run computes. Each field is a long flag and, by the same name, a key of the configuration file.
@@ -33,6 +34,11 @@ pub struct Settings {
     /// In the file only: where it runs. On the command line this is the global flag
     #[arg(skip)]
     pub device: Option<String>,
+
+    /// In which form the model comes into memory
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub packing: PackingArgs,
 
     /// Rank of the update
     #[arg(long, default_value_t = 8, help_heading = "Method", value_name = "R")]
@@ -330,7 +336,7 @@ fn named<T: for<'de> Deserialize<'de> + Clone + Send + Sync + 'static>(
 }
 
 /// A list, or one value in its place.
-fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+pub(crate) fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> std::result::Result<Vec<T>, D::Error> {
     Ok(match OneOrMany::deserialize(deserializer)? {

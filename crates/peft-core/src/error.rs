@@ -61,6 +61,28 @@ pub enum Error {
         /// Every difference.
         problems: Vec<Problem>,
     },
+    /// The adapter was made on a changed base, which is not the model's.
+    #[error("{}: made on another base: expected the fingerprint {expected}, found {found}", path.display())]
+    Base {
+        /// The tensor file.
+        path: PathBuf,
+        /// The fingerprint of the base that the adapter was made on.
+        expected: String,
+        /// The fingerprint of this model's base.
+        found: String,
+    },
+    /// The base has no fingerprint: nothing carries an adapter, or a device does not hand out a weight. All reasons at once.
+    #[error("the base has no fingerprint:\n{}", list(problems))]
+    Fingerprint {
+        /// Every reason.
+        problems: Vec<Problem>,
+    },
+    /// A model and its merged form cannot be compared. All reasons at once.
+    #[error("the merge cannot be judged:\n{}", list(problems))]
+    Truth {
+        /// Every reason.
+        problems: Vec<Problem>,
+    },
     /// Weights cannot be packed; nothing was changed. All reasons at once.
     #[error("cannot be packed:\n{}", list(problems))]
     Pack {

@@ -14,8 +14,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
 use crate::{
-    Error, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach, hf_name,
-    map_params, scan, visit_params,
+    Error, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach, base_fingerprint,
+    hf_name, map_params, scan, visit_params,
 };
 
 /// The configuration's file name.
@@ -24,6 +24,12 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 
 const PREFIX: &str = "base_model.model.";
+
+/// Where a safetensors file's header begins, behind its length; also what its end is aligned to.
+const HEADER_AT: usize = size_of::<u64>();
+
+/// The entry of the tensor file's metadata that names the base.
+const FINGERPRINT: &str = "base_fingerprint";
 
 /// A matrix or vector of an adapter file, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +49,9 @@ pub struct AdapterFile<M> {
     pub base_model: Option<String>,
     /// `task_type`, for instance `CAUSAL_LM`.
     pub task_type: Option<String>,
+    /// The [`base_fingerprint`](crate::base_fingerprint) of the base without which the adapter means nothing, where that is not the base model
+    /// as it is published, for instance after `LoftQ`. Whatever loads or fills the adapter then refuses another base.
+    pub base_fingerprint: Option<String>,
     /// Tensors by key, without the prefix `base_model.model.`
     pub tensors: BTreeMap<String, Values>,
 }
@@ -81,7 +90,7 @@ pub fn save_adapter<T: Module, M: Method>(module: &T, method: &M, base_model: Op
 /// Reads the adapter in `dir` and attaches it to `module`, which must be un-adapted.
 ///
 /// # Errors
-/// As [`attach`]; and when a tensor is missing, unknown, not finite or of another shape, all of them at once.
+/// As [`attach`]; when the adapter names another base; and when a tensor is missing, unknown, not finite or of another shape, all of them at once.
 pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M)> {
     load_adapter_with(module, dir, Strictness::default())
 }
@@ -114,14 +123,21 @@ impl<M: Method> AdapterFile<M> {
         if !problems.is_empty() {
             return Err(Error::Attach { method: M::PEFT_TYPE, problems });
         }
-        Ok(Self { method: method.clone(), base_model: None, task_type: None, tensors })
+        Ok(Self { method: method.clone(), base_model: None, task_type: None, base_fingerprint: None, tensors })
     }
 
     /// Puts these tensors into the adapter that `module` carries.
     ///
     /// # Errors
-    /// [`Error::Tensors`] with every difference at once; `path` is named in it.
+    /// [`Error::Base`] when the adapter was made on another base, or else [`Error::Tensors`] with every difference at once; `path` is named in
+    /// both.
     pub fn fill<T: Module>(self, module: T, path: &Path, strictness: Strictness) -> Result<T> {
+        if let Some(expected) = self.base_fingerprint {
+            let found = base_fingerprint(&module)?;
+            if found != expected {
+                return Err(Error::Base { path: path.to_owned(), expected, found });
+            }
+        }
         let keys = Keys::<M>::new(&module, &self.method)?;
         let mut filler = Filler { keys, tensors: self.tensors, strictness, problems: Vec::new() };
         let module = map_params(module, &mut filler);
@@ -152,8 +168,11 @@ impl<M: Method> AdapterFile<M> {
         method.check()?;
         let strip =
             |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
-        let tensors = read_values(&dir.join(TENSOR_FILE))?.into_iter().map(strip).collect();
-        Ok(Self { method, base_model, task_type, tensors })
+        let path = dir.join(TENSOR_FILE);
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let tensors = values_of(&bytes, &path)?.into_iter().map(strip).collect();
+        let base_fingerprint = fingerprint_of(&bytes, &path)?;
+        Ok(Self { method, base_model, task_type, base_fingerprint, tensors })
     }
 
     /// Writes a folder in PEFT's layout; see [`write_atomically`].
@@ -164,7 +183,10 @@ impl<M: Method> AdapterFile<M> {
         let config = self.config_json()?;
         let path = dir.join(TENSOR_FILE);
         let prefixed = self.tensors.iter().map(|(key, values)| (format!("{PREFIX}{key}"), values));
-        let tensors = write_values(prefixed, &path)?;
+        let mut tensors = write_values(prefixed, &path)?;
+        if let Some(fingerprint) = &self.base_fingerprint {
+            tensors = with_fingerprint(&tensors, fingerprint, &path)?;
+        }
         write_atomically(dir, &[(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())])
     }
 
@@ -251,10 +273,13 @@ pub fn write_values<'a>(tensors: impl IntoIterator<Item = (String, &'a Values)>,
 /// # Errors
 /// When the file cannot be read, is malformed, or holds anything else.
 pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    values_of(&std::fs::read(path).map_err(Error::io(path))?, path)
+}
+
+/// [`read_values`] of what was read; `path` is for messages.
+fn values_of(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Values>> {
     // The parser checks the header's length, every offset and every shape against the bytes that are there.
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, format!("not a safetensors file: {e}")))?;
+    let file = SafeTensors::deserialize(bytes).map_err(malformed(path))?;
     let mut tensors = BTreeMap::new();
     for (key, view) in file.tensors() {
         let values = decode(view.dtype(), view.data())
@@ -268,6 +293,30 @@ pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
         tensors.insert(key, Values { shape: view.shape().to_vec(), values });
     }
     Ok(tensors)
+}
+
+/// The fingerprint that a safetensors file holds in its metadata.
+fn fingerprint_of(bytes: &[u8], path: &Path) -> Result<Option<String>> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed(path))?;
+    Ok(header.metadata().as_ref().and_then(|metadata| metadata.get(FINGERPRINT)).cloned())
+}
+
+/// A safetensors file with the fingerprint as the last entry of its metadata. `safetensors` writes two entries in an order that changes from
+/// call to call, and the same adapter is to give the same bytes.
+fn with_fingerprint(bytes: &[u8], fingerprint: &str, path: &Path) -> Result<Vec<u8>> {
+    let (length, _) = SafeTensors::read_metadata(bytes).map_err(malformed(path))?;
+    let (header, data) = bytes[HEADER_AT..].split_at(length);
+    let mut header: Map<String, Value> = serde_json::from_slice(header).map_err(malformed(path))?;
+    if let Some(Value::Object(metadata)) = header.get_mut("__metadata__") {
+        metadata.insert(FINGERPRINT.to_owned(), fingerprint.into());
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(HEADER_AT), b' ');
+    Ok([&(header.len() as u64).to_le_bytes(), &header[..], data].concat())
+}
+
+fn malformed<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> Error {
+    move |e| Error::format(path, format!("not a safetensors file: {e}"))
 }
 
 /// Little-endian floats as f32; `None` for a type that is no float.

@@ -12,12 +12,16 @@
 
 mod bitsandbytes;
 mod code;
+mod loftq;
 mod mean;
 mod packed;
 mod quantize;
+mod truth;
 
 pub use bitsandbytes::{BnbWeight, Stored, packed_weight, part_names};
 pub use code::{Code, dynamic_map};
+pub use loftq::{LoftQ, loftq};
 use packed::NESTED_BLOCK;
 pub use packed::{Error, Packed, Statistics};
 pub use quantize::{Format, Quantization, quantize};
+pub use truth::{LayerTruth, merge_truth};

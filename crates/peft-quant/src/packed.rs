@@ -61,6 +61,15 @@ pub enum Error {
         /// How many it has.
         found: usize,
     },
+    /// A side of a matrix, a rank or a count of which there must be one at least.
+    #[error("{what}: expected at least 1, found 0")]
+    Zero {
+        /// Which.
+        what: &'static str,
+    },
+    /// What packing leaves over of a weight has no singular values in f32.
+    #[error("what packing leaves over cannot be decomposed; its values are too large for f32")]
+    Decomposition,
     /// A weight, or the scale of a block, that is no number.
     #[error("value {index} is {value}; weights and their scales must be finite")]
     NotFinite {

@@ -155,10 +155,7 @@ impl ParamVisitor for Packer {
     fn float<const D: usize>(&mut self, _at: &PathStack, param: &Param<Tensor<D>>) {
         let Some((format, site)) = self.wanted.get(&param.id) else { return };
         let shape = [site.d_out, site.d_in];
-        // [d_in, d_out] as the layer holds it, [d_out, d_in] as it is packed.
-        let weight = param.base().swap_dims(0, 1);
-        let packed = weight.try_into_data().map_err(|e| format!("{e:?}")).and_then(|data| {
-            let values: Vec<f32> = data.iter::<f32>().collect();
+        let packed = rows(param.base()).and_then(|values| {
             format.pack(&values).and_then(|packed| packed.into_matrix(shape)).map_err(|e| e.to_string())
         });
         match packed {
@@ -166,6 +163,13 @@ impl ParamVisitor for Packer {
             Err(what) => self.problems.push(Problem::Other { path: site.path.clone(), what }),
         }
     }
+}
+
+/// The values of a weight that a layer holds as `[d_in, d_out]`, as they are packed: row-major `[d_out, d_in]`. `Err` says why the device does
+/// not hand them out.
+pub(crate) fn rows<const D: usize>(weight: Tensor<D>) -> Result<Vec<f32>, String> {
+    let data = weight.swap_dims(0, 1).try_into_data().map_err(|e| format!("{e:?}"))?;
+    Ok(data.iter::<f32>().collect())
 }
 
 impl Packed {

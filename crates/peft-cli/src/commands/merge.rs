@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use peft_models::export::{Dtype, rewrite, save_model};
-use peft_models::load::{HfTensor, export_weights};
+use peft_models::load::{HfTensor, Packing, export_weights};
 use peft_models::weights::Weights;
 use peft_models::{Origin, Pretrained};
 use serde_json::{Value, json};
 
-use crate::model::{adapted_keys, for_adapter, is_inside, load};
+use crate::model::{adapted_keys, check_new_model, copy_generation_config, for_adapter, is_inside, load};
 use crate::output::quoted;
 use crate::{Context, Error, Result, device, methods};
 
@@ -37,11 +37,11 @@ pub struct Args {
 /// # Errors
 /// When the model or the adapter cannot be read, they cannot be merged, or the result cannot be written.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
-    check_out(args)?;
+    check_new_model(&args.out, args.overwrite, &[args.model.as_ref(), &args.adapter])?;
     let device = device::open(&context.device)?;
     let method = methods::of_adapter(&args.adapter)?;
     let keys = adapted_keys(&args.adapter)?;
-    let mut pretrained = load(&args.model, &device)?;
+    let mut pretrained = load(&args.model, &Packing::AsStored, &device)?;
     let tied = pretrained.model.config().is_tied();
     let model = for_adapter(pretrained.model, &args.adapter)?;
     let untied = tied && !model.config().is_tied();
@@ -76,11 +76,7 @@ fn write(merged: &Pretrained, changed: impl Fn(&str) -> bool, out: &Path) -> Res
         Origin::Gguf(_) => save_model(&merged.model, &merged.files.config, tokenizer, Dtype::F16, out)?,
         Origin::Checkpoint(base) => {
             rewrite(base, as_named_in(base, tensors), &merged.files.config, tokenizer, out)?;
-            // It names the tokens at which generation ends, which the other files need not do.
-            let (name, dir) = ("generation_config.json", base.path());
-            if dir.join(name).is_file() {
-                std::fs::copy(dir.join(name), out.join(name)).map_err(Error::io(out.join(name)))?;
-            }
+            copy_generation_config(base.path(), out)?;
         }
     }
     Ok(count)
@@ -93,24 +89,4 @@ fn as_named_in(base: &dyn Weights, tensors: BTreeMap<String, HfTensor>) -> BTree
         _ => name,
     };
     tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect()
-}
-
-fn check_out(args: &Args) -> Result<()> {
-    let same = |path: &Path| {
-        std::fs::canonicalize(path).ok().is_some_and(|path| std::fs::canonicalize(&args.out).ok() == Some(path))
-    };
-    if same(Path::new(&args.model)) || same(&args.adapter) {
-        let what = format!("--out {}: this would overwrite what is to be merged", args.out.display());
-        return Err(Error::usage(what, "give another folder"));
-    }
-    let taken = ["config.json", "model.safetensors", "model.safetensors.index.json"]
-        .iter()
-        .find(|name| args.out.join(name).exists());
-    match taken {
-        Some(name) if !args.overwrite => {
-            let what = format!("--out {}: there is a {name} already", args.out.display());
-            Err(Error::usage(what, "give another folder, or --overwrite"))
-        }
-        _ => Ok(()),
-    }
 }

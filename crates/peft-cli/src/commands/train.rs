@@ -15,7 +15,7 @@ use peft_train::{Evaluation, Outcome, Record, Summary, read_metrics, train};
 use serde_json::json;
 
 use crate::methods::Adaptation;
-use crate::output::{Output, before_after, evaluation, quoted, thousands};
+use crate::output::{Output, before_after, bytes, evaluation, quoted, thousands};
 use crate::rows::{self, Reading, report_json};
 use crate::settings::{FILE, Settings};
 use crate::{Context, Error, Result, device, interrupt, methods, model};
@@ -61,7 +61,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let device = device::open(name)?.autodiff();
     let data = Data::read(&settings)?;
 
-    let mut pretrained = model::load(settings.model()?, &device)?;
+    let mut pretrained = model::load(settings.model()?, &settings.packing.packing()?, &device)?;
     check_targets(&pretrained.model, method.as_ref())?;
     let base = model::for_targets(pretrained.model.clone(), method.targets())?;
     let adapted = method.attach(base, settings.seed)?;
@@ -85,6 +85,11 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
             thousands(pretrained.model.trainable().total)
         ),
     )?;
+    let packed = scan(&pretrained.model).sites.iter().filter(|site| site.packed.is_some()).count();
+    if packed > 0 {
+        let size = bytes(pretrained.model.trainable().total_bytes as u64);
+        screen.field("", format_args!("{packed} layers packed; the model takes {size} in memory"))?;
+    }
     screen.field(
         "adapter",
         format_args!("{} on {} modules: {parameters}", settings.method, scan(&adapted).adapted.len()),

@@ -66,13 +66,10 @@ fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout;
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     each_part(d_out, view.layout, |part| {
-        let mut row = vec![0.0; d_in];
+        let mut room = vec![0.0; d_in];
         for o in part {
-            view.unpack(o * d_in, &mut row);
-            for (r, x) in x.chunks_exact(d_in.max(1)).enumerate() {
-                // SAFETY: `o` is in this part only, and both are in range.
-                unsafe { target.at(r, o).write(dot(x, &row)) };
-            }
+            // SAFETY: `o` is in this part only, and both are in range.
+            view.products(o, x, &mut room, |row, sum| unsafe { target.at(row, o).write(sum) });
         }
     });
 }
@@ -190,33 +187,6 @@ unsafe fn gemm(
             gemm::Parallelism::None,
         );
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-        /// The same, compiled for wider vectors.
-        #[target_feature(enable = "avx2,fma")]
-        fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
-            dot_with(a, b, f32::mul_add)
-        }
-        // SAFETY: the processor was asked.
-        return unsafe { dot_avx2(a, b) };
-    }
-    // Without the instruction, a fused product would be a function call.
-    dot_with(a, b, |x, y, sum| x * y + sum)
-}
-
-#[inline(always)]
-fn dot_with(a: &[f32], b: &[f32], multiply_add: impl Fn(f32, f32, f32) -> f32) -> f32 {
-    let mut sums = [0.0; 32];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<32>(), b.as_chunks::<32>());
-    for (a, b) in a.iter().zip(b) {
-        for (sum, (x, y)) in sums.iter_mut().zip(a.iter().zip(b)) {
-            *sum = multiply_add(*x, *y, *sum);
-        }
-    }
-    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum::<f32>()
 }
 
 /// Shows the packed tensors as slices.
