@@ -22,7 +22,7 @@ const SHARED_FROM: usize = 1 << 17;
 /// The dense matrix `[d_out, d_in]`.
 pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     with_view(packed, |view| {
-        let PackedLayout { d_out, d_in, .. } = view.layout;
+        let PackedLayout { d_out, d_in, .. } = view.layout();
         let mut out = FlexTensor::zeros(Shape::new([d_out, d_in]), DType::F32);
         let tile = (TILE / d_in.max(1)).max(1) * d_in.max(1);
         let tiles = out.storage_mut::<f32>().par_chunks_mut(tile).enumerate();
@@ -63,9 +63,9 @@ fn cast(tensor: FlexTensor, dtype: DType) -> FlexTensor {
 
 /// Each row of the weight against the few rows of `x`.
 fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
-    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
-    each_part(d_out, view.layout, |part| {
+    each_part(d_out, view.layout(), |part| {
         let mut room = vec![0.0; d_in];
         for o in part {
             // SAFETY: `o` is in this part only, and both are in range.
@@ -76,10 +76,10 @@ fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
 
 /// `out[:, o] = x·W[o, :]ᵀ` for tiles of rows of the weight.
 fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
-    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
-    each_part(d_out, view.layout, |part| {
+    each_part(d_out, view.layout(), |part| {
         let mut tile = vec![0.0; most * d_in];
         for start in part.clone().step_by(most) {
             let count = most.min(part.end - start);
@@ -93,9 +93,9 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
 
 /// `out[:, i] = Σ dy[:, o]·W[o, i]`: a thread has columns of its own and goes through tiles of rows, adding up.
 fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
-    let PackedLayout { d_out, d_in, .. } = view.layout;
+    let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_in };
-    each_part(d_in, view.layout, |part| {
+    each_part(d_in, view.layout(), |part| {
         let width = part.len();
         let most = (TILE / width.max(1)).clamp(1, d_out.max(1));
         let mut tile = vec![0.0; most * width];
@@ -193,7 +193,7 @@ unsafe fn gemm(
 fn with_view<T>(packed: &Primitive<Flex>, work: impl FnOnce(&View<'_>) -> T) -> T {
     let contiguous = FlexTensor::to_contiguous;
     let (numbers, table) = (contiguous(&packed.numbers), contiguous(&packed.table));
-    let view = |scales| View { bytes: numbers.bytes(), table: table.storage(), scales, layout: packed.layout };
+    let view = |scales| View::new(numbers.bytes(), table.storage(), scales, packed.layout);
     match &packed.scales {
         ScalesPrimitive::Plain { scales } => work(&view(Scales::Plain(contiguous(scales).storage()))),
         ScalesPrimitive::Affine { scales, lows } => {
