@@ -54,7 +54,7 @@ static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
 fn run(dir: &Path, config: &TrainConfig, resume: bool, stop: bool) -> Result<Summary, Error> {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let model = attach(base(), &lora(), 1)?;
-    let trained = AdapterOf { method: lora(), base_model: "llama".to_owned() };
+    let trained = AdapterOf::new(lora(), "llama");
     let device = Device::flex().autodiff();
     let held_out = batches(None);
     let stop = AtomicBool::new(stop);

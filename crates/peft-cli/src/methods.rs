@@ -4,13 +4,15 @@ use std::path::Path;
 
 use indexmap::IndexMap;
 use peft_core::files::{CONFIG_FILE, peft_type};
-use peft_core::{Method, Names, OneOrMany, Targets, attach, load_adapter, merge};
-use peft_lora::LoraConfig;
+use peft_core::{Method, Names, OneOrMany, Site, Targets, attach, base_fingerprint, load_adapter, merge};
+use peft_lora::{LoraConfig, attach_factors};
 use peft_models::CausalLm;
+use peft_models::load::Packing;
+use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
 
 use crate::rows::assignments;
-use crate::settings::Settings;
+use crate::settings::{Init, Settings};
 use crate::{Error, Result};
 
 /// A method by name.
@@ -38,7 +40,10 @@ pub const METHODS: &[Entry] = &[Entry {
     about: "a low-rank sum on frozen weights (Hu et al. 2021, arXiv:2106.09685)",
     formula: "y = x·W + b + (alpha / rank)·x·A·B",
     parameters: "rank · (d_in + d_out)",
-    build: |settings| Ok(Box::new(lora(settings)?)),
+    build: |settings| match settings.init {
+        Init::Loftq => Ok(Box::new(loftq(settings)?)),
+        _ => Ok(Box::new(lora(settings)?)),
+    },
     load: load_as::<LoraConfig>,
     merge: merge_as::<LoraConfig>,
 }];
@@ -54,8 +59,16 @@ pub trait Adaptation {
     /// See [`attach`].
     fn attach(&self, model: CausalLm, seed: u64) -> Result<CausalLm>;
 
-    /// How the adapter is saved; `base_model` is the name of the model it belongs to.
-    fn trained(&self, base_model: &str) -> Box<dyn Trained>;
+    /// How the adapter on `model` is saved; `base_model` is the name of the model it belongs to.
+    ///
+    /// # Errors
+    /// When the device does not hand out what has to be saved.
+    fn trained(&self, model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>>;
+
+    /// In which form the model must be loaded for [`attach`](Self::attach), given what the user asked for.
+    fn packing(&self, asked: Packing) -> Packing {
+        asked
+    }
 }
 
 impl<M: Method> Adaptation for M {
@@ -67,8 +80,40 @@ impl<M: Method> Adaptation for M {
         Ok(attach(model, self, seed)?)
     }
 
-    fn trained(&self, base_model: &str) -> Box<dyn Trained> {
-        Box::new(AdapterOf { method: self.clone(), base_model: base_model.to_owned() })
+    fn trained(&self, _model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>> {
+        Ok(Box::new(AdapterOf::new(self.clone(), base_model)))
+    }
+}
+
+/// `LoRA` that starts from what packing loses: the model is packed while the adapter is attached.
+struct LoftQ {
+    lora: LoraConfig,
+    quantization: Quantization,
+}
+
+impl Adaptation for LoftQ {
+    fn targets(&self) -> &Targets {
+        &self.lora.targets
+    }
+
+    fn attach(&self, model: CausalLm, seed: u64) -> Result<CausalLm> {
+        let matcher = self.lora.targets.matcher()?;
+        let rank_of = |site: &Site| {
+            matcher.matches(&site.path, Some(site.kind)).then(|| self.lora.rank_of(&site.path)).transpose()
+        };
+        // One iteration, so that the base is the model as it is packed without an adapter: nothing but the adapter has to be saved.
+        let (model, factors) = loftq_model(model, &self.quantization, 1, rank_of)?;
+        Ok(attach_factors(model, &self.lora, &factors, seed)?)
+    }
+
+    fn trained(&self, model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>> {
+        // On the unpacked model the adapter would add what that has never lost.
+        let base_fingerprint = Some(base_fingerprint(model)?);
+        Ok(Box::new(AdapterOf { base_fingerprint, ..AdapterOf::new(self.lora.clone(), base_model) }))
+    }
+
+    fn packing(&self, _asked: Packing) -> Packing {
+        Packing::Dense
     }
 }
 
@@ -135,6 +180,15 @@ fn load_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
 fn merge_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
     let (model, method) = load_adapter::<_, M>(model, dir)?;
     Ok(merge(model, &method)?)
+}
+
+fn loftq(settings: &Settings) -> Result<LoftQ> {
+    match settings.packing.packing()? {
+        Packing::Quantize(quantization) => Ok(LoftQ { lora: lora(settings)?, quantization }),
+        Packing::AsStored | Packing::Dense => {
+            Err(Error::usage("--init loftq: there is nothing to make up for without --quantize", "--quantize nf4"))
+        }
+    }
 }
 
 fn lora(settings: &Settings) -> Result<LoraConfig> {

@@ -162,6 +162,8 @@ pub enum Init {
     Kaiming,
     /// The same with a normal distribution
     Gaussian,
+    /// What packing the base loses, as far as the rank goes; with --quantize
+    Loftq,
     /// No identity: for tests
     Random,
 }
@@ -169,7 +171,8 @@ pub enum Init {
 impl From<Init> for InitWeights {
     fn from(init: Init) -> Self {
         match init {
-            Init::Kaiming => Self::Kaiming,
+            // The values come from the packed base then.
+            Init::Kaiming | Init::Loftq => Self::Kaiming,
             Init::Gaussian => Self::Gaussian,
             Init::Random => Self::Random,
         }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod packing;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -422,7 +424,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         (
             with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &llama]),
             2,
-            &["would overwrite what is to be merged"],
+            &["would overwrite what is to be read"],
         ),
         (
             with(&["merge", "--model", &llama, "--adapter", &plain, "--out", &model]),

@@ -23,6 +23,9 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors' file name.
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 
+/// `task_type` of adapters on language models.
+pub const CAUSAL_LM: &str = "CAUSAL_LM";
+
 const PREFIX: &str = "base_model.model.";
 
 /// Where a safetensors file's header begins, behind its length; also what its end is aligned to.
@@ -83,7 +86,7 @@ pub fn peft_type(dir: &Path) -> Result<String> {
 pub fn save_adapter<T: Module, M: Method>(module: &T, method: &M, base_model: Option<&str>, dir: &Path) -> Result<()> {
     let mut file = AdapterFile::collect(module, method)?;
     file.base_model = base_model.map(str::to_owned);
-    file.task_type = Some("CAUSAL_LM".to_owned());
+    file.task_type = Some(CAUSAL_LM.to_owned());
     file.write(dir)
 }
 

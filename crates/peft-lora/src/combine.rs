@@ -53,6 +53,12 @@ pub fn combine(adapters: &[(AdapterFile<LoraConfig>, f64)], how: Combination) ->
         if !weight.is_finite() {
             return Err(Error::config("weights", "finite numbers", weight));
         }
+        if file.base_fingerprint != first.base_fingerprint {
+            let name =
+                |print: &Option<String>| print.clone().unwrap_or_else(|| "the model as others have it".to_owned());
+            let found = name(&file.base_fingerprint);
+            return Err(Error::config("adapters", format!("one base, {}", name(&first.base_fingerprint)), found));
+        }
         for ((module, embedding), (a, b)) in factors(file)? {
             let factor = weight * file.method.scale_of(&module)?;
             modules.entry((module, embedding)).or_default().push(Factors { a, b, factor });

@@ -1,9 +1,11 @@
 //! LoRA, and what belongs to it: combining adapters and LoRA+ learning rates.
 
 pub mod combine;
+mod factors;
 mod lora;
 mod plus;
 
 pub use combine::{Combination, combine};
+pub use factors::attach_factors;
 pub use lora::{InitWeights, LoraAdapter, LoraConfig};
 pub use plus::{LoraPlus, lora_plus};

@@ -143,6 +143,20 @@ impl Checkpoint {
         !self.parts.is_empty()
     }
 
+    /// The type that packed weights had before; `None` when no weight is stored packed.
+    ///
+    /// # Errors
+    /// As [`packed_weight`](Self::packed_weight).
+    pub fn unpacked_dtype(&self) -> Result<Option<Dtype>> {
+        let first = self.tensors.iter().find(|info| info.packed_rows);
+        let weight = first.map(|info| self.packed_weight(&info.name)).transpose()?.flatten();
+        Ok(weight.map(|weight| match weight.dtype.as_str() {
+            "float16" => Dtype::F16,
+            "bfloat16" => Dtype::BF16,
+            _ => Dtype::F32,
+        }))
+    }
+
     /// The shards' file names, in the order of the index.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.files.iter().map(|shard| match shard {

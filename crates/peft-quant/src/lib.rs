@@ -20,7 +20,7 @@ mod truth;
 
 pub use bitsandbytes::{BnbWeight, Stored, packed_weight, part_names};
 pub use code::{Code, dynamic_map};
-pub use loftq::{LoftQ, loftq};
+pub use loftq::{Factors, LoftQ, loftq, loftq_model};
 use packed::NESTED_BLOCK;
 pub use packed::{Error, Packed, Statistics};
 pub use quantize::{Format, Quantization, quantize};

@@ -4,12 +4,17 @@
 //! - factors: `A = U·√Σ`, `B = √Σ·Vᵀ` of the truncated SVD
 //! - the SVD: a subspace iteration from random vectors. Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.1
 
+use std::collections::{BTreeMap, HashMap};
+
+use burn::module::Module;
 use nalgebra::{DMatrix, SVD};
+use peft_core::{Site, scan};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-use crate::{Error, Format, Packed};
+use crate::quantize::quantize_with;
+use crate::{Error, Format, Packed, Quantization};
 
 /// Directions beyond the rank that the subspace iteration follows.
 const OVERSAMPLING: usize = 8;
@@ -33,6 +38,38 @@ pub struct LoftQ {
     pub error_before: f64,
     /// `‖W − unpack(packed) − (A·B)ᵀ‖`, what is lost with the factors.
     pub error_after: f64,
+}
+
+/// Where the adapters of a model start, by path of the layer: `A` `[d_in, rank]` and `B` `[rank, d_out]`, whose product is the whole update.
+pub type Factors = BTreeMap<String, (Vec<f32>, Vec<f32>)>;
+
+/// Packs the linear layers of a model in memory, those that get an adapter of the rank that `rank_of` gives by [`loftq`]; and gives the factors that
+/// these adapters start from.
+///
+/// # Errors
+/// As [`quantize`](crate::quantize) and [`loftq`]; or what `rank_of` refuses.
+pub fn loftq_model<T: Module>(
+    module: T,
+    quantization: &Quantization,
+    iterations: usize,
+    rank_of: impl Fn(&Site) -> peft_core::Result<Option<usize>>,
+) -> peft_core::Result<(T, Factors)> {
+    let mut ranks = HashMap::new();
+    for site in scan(&module).sites {
+        if let Some(rank) = rank_of(&site)? {
+            ranks.insert(site.path, rank);
+        }
+    }
+    let mut factors = Factors::new();
+    let module = quantize_with(module, quantization, |site, format, rows| match ranks.get(&site.path) {
+        None => format.pack(rows),
+        Some(rank) => {
+            let LoftQ { packed, a, b, .. } = loftq(rows, [site.d_out, site.d_in], format, *rank, iterations)?;
+            factors.insert(site.path.clone(), (a, b));
+            Ok(packed)
+        }
+    })?;
+    Ok((module, factors))
 }
 
 /// Packs `weight` and finds the factors whose product makes up for what packing loses: `W ≈ Q + (A·B)ᵀ` in `iterations` rounds.

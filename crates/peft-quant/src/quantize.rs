@@ -130,13 +130,22 @@ impl Quantization {
 /// # Errors
 /// When a weight is not finite, is packed or adapted already, or the device does not hand it out. All layers at once; nothing is changed then.
 pub fn quantize<T: Module>(module: T, quantization: &Quantization) -> peft_core::Result<T> {
+    quantize_with(module, quantization, |_, format, rows| format.pack(rows))
+}
+
+/// [`quantize`] with another way of packing a layer: `pack_layer` is given the layer, its format and its rows `[d_out, d_in]`.
+pub(crate) fn quantize_with<T: Module>(
+    module: T,
+    quantization: &Quantization,
+    pack_layer: impl FnMut(&Site, Format, &[f32]) -> Result<Packed, Error>,
+) -> peft_core::Result<T> {
     let mut wanted = HashMap::new();
     for site in scan(&module).sites.into_iter().filter(|site| site.packed.is_none()) {
         if let Some(format) = quantization.format_of(&site)? {
             wanted.insert(site.id, (format, site));
         }
     }
-    let mut packer = Packer { wanted, packed: HashMap::new(), problems: Vec::new() };
+    let mut packer = Packer { wanted, pack_layer, packed: HashMap::new(), problems: Vec::new() };
     visit_params(&module, &mut packer);
     if packer.problems.is_empty() {
         pack(module, packer.packed)
@@ -145,18 +154,20 @@ pub fn quantize<T: Module>(module: T, quantization: &Quantization) -> peft_core:
     }
 }
 
-struct Packer {
+struct Packer<F> {
     wanted: HashMap<ParamId, (Format, Site)>,
+    pack_layer: F,
     packed: HashMap<ParamId, PackedMatrix>,
     problems: Vec<Problem>,
 }
 
-impl ParamVisitor for Packer {
+impl<F: FnMut(&Site, Format, &[f32]) -> Result<Packed, Error>> ParamVisitor for Packer<F> {
     fn float<const D: usize>(&mut self, _at: &PathStack, param: &Param<Tensor<D>>) {
         let Some((format, site)) = self.wanted.get(&param.id) else { return };
         let shape = [site.d_out, site.d_in];
         let packed = rows(param.base()).and_then(|values| {
-            format.pack(&values).and_then(|packed| packed.into_matrix(shape)).map_err(|e| e.to_string())
+            let packed = (self.pack_layer)(site, *format, &values).and_then(|packed| packed.into_matrix(shape));
+            packed.map_err(|e| e.to_string())
         });
         match packed {
             Ok(packed) => drop(self.packed.insert(param.id, PackedMatrix::new(packed, &site.device))),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use peft_core::files::TENSOR_FILE;
+use peft_core::files::{CAUSAL_LM, TENSOR_FILE};
 use peft_core::{AdapterFile, Method, Strictness};
 use peft_models::CausalLm;
 use peft_models::checkpoint::Checkpoint;
@@ -40,11 +40,24 @@ pub struct AdapterOf<M> {
     pub method: M,
     /// `base_model_name_or_path`.
     pub base_model: String,
+    /// Of the base that the adapter belongs to, where that is not the model as others have it.
+    pub base_fingerprint: Option<String>,
+}
+
+impl<M> AdapterOf<M> {
+    /// An adapter on the model that others have under that name.
+    pub fn new(method: M, base_model: impl Into<String>) -> Self {
+        Self { method, base_model: base_model.into(), base_fingerprint: None }
+    }
 }
 
 impl<M: Method> Trained for AdapterOf<M> {
     fn save(&self, model: &CausalLm, dir: &Path) -> Result<()> {
-        Ok(peft_core::save_adapter(model, &self.method, Some(&self.base_model), dir)?)
+        let mut file = AdapterFile::collect(model, &self.method)?;
+        file.base_model = Some(self.base_model.clone());
+        file.task_type = Some(CAUSAL_LM.to_owned());
+        file.base_fingerprint.clone_from(&self.base_fingerprint);
+        Ok(file.write(dir)?)
     }
 
     fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {

@@ -57,7 +57,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let model = attach(base, &lora, SEED)?;
     out.field("adapter", format_args!("LoRA of rank {RANK} on every linear layer: {}", model.trainable()))?;
     out.field("data", format_args!("Moby-Dick, chapters 1 to 12: {} tokens", thousands(report.tokens)))?;
-    let trained = AdapterOf { method: lora, base_model: pretrained.files.name.clone() };
+    let trained = AdapterOf::new(lora, pretrained.files.name.clone());
     let config = TrainConfig {
         steps: args.steps,
         learning_rate: 2e-3,

@@ -61,7 +61,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let device = device::open(name)?.autodiff();
     let data = Data::read(&settings)?;
 
-    let mut pretrained = model::load(settings.model()?, &settings.packing.packing()?, &device)?;
+    let mut pretrained = model::load(settings.model()?, &method.packing(settings.packing.packing()?), &device)?;
     check_targets(&pretrained.model, method.as_ref())?;
     let base = model::for_targets(pretrained.model.clone(), method.targets())?;
     let adapted = method.attach(base, settings.seed)?;
@@ -102,7 +102,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     out.prepare()?;
     settings.save(out.dir)?;
     let stop = interrupt::watch()?;
-    let trained = method.trained(&pretrained.files.name);
+    let trained = method.trained(&adapted, &pretrained.files.name)?;
     let (_, mut summary) =
         train(adapted, trained.as_ref(), batches, held_out.as_ref(), &config, out.dir, args.resume, &device, &stop)?;
     // A run that was resumed was first measured by the run before it.

@@ -74,7 +74,7 @@ fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
     let samples = ids.chunks(golden.seq.max(1)).map(sample).collect::<Result<_, _>>()?;
     let batches = Batches::new(samples, BatchOptions { batch_size: golden.batch, pack: None, seed: 0, pad: 0 })?;
     let config = TrainConfig { steps: 3, learning_rate: 1e-2, ..TrainConfig::default() };
-    let trained = AdapterOf { method, base_model: "llama".to_owned() };
+    let trained = AdapterOf::new(method, "llama");
     let dir = tempfile::tempdir()?;
     train(model, &trained, batches, None, &config, dir.path(), false, &device, &Stop::new(false))?;
     let loss = |record| match record {
