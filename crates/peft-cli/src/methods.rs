@@ -113,7 +113,7 @@ impl Adaptation for LoftQ {
     }
 
     fn packing(&self, _asked: Packing) -> Packing {
-        Packing::Dense
+        Packing::AsStored
     }
 }
 

@@ -5,6 +5,7 @@ use peft_models::load::Packing;
 use peft_quant::{Code, Format, Quantization};
 use serde::{Deserialize, Serialize};
 
+use crate::output::quoted;
 use crate::rows::assignments;
 use crate::settings::one_or_many;
 use crate::{Error, Result};
@@ -94,6 +95,28 @@ impl PackingArgs {
             (None, false) => Ok(Packing::AsStored),
             (Some(kind), false) => self.quantization(kind).map(Packing::Quantize),
         }
+    }
+
+    /// These flags again, each with a blank before it, as far as they were given: for a command that must see the same weights.
+    pub fn flags(&self) -> String {
+        let Some(kind) = self.quantize else {
+            return if self.unpack { " --unpack".to_owned() } else { String::new() };
+        };
+        let usual = Self::default();
+        let mut flags = format!(" --quantize {}", kind.code().name());
+        if self.quantize_block != usual.quantize_block {
+            flags += &format!(" --quantize-block {}", self.quantize_block);
+        }
+        if self.no_double_quant {
+            flags += " --no-double-quant=true";
+        }
+        if self.quantize_skip != usual.quantize_skip {
+            flags += &format!(" --quantize-skip {}", quoted(self.quantize_skip.join(",")));
+        }
+        for pattern in &self.quantize_pattern {
+            flags += &format!(" --quantize-pattern {}", quoted(pattern));
+        }
+        flags
     }
 
     /// Which layers are packed, and how.

@@ -51,7 +51,7 @@ impl<'a> Base<'a> {
     /// The dense weight `[d_in, d_out]`.
     pub fn weight(&self) -> Tensor<2> {
         let dense = self.weight.base();
-        self.quantized().map_or(dense.clone(), |packed| packed.packed().unpack().transpose().cast(dense.dtype()))
+        self.quantized().map_or(dense.clone(), |packed| packed.dense(dense.dtype()))
     }
 
     /// The adapter's activation form: `Some(None)` for an adapter that has none.

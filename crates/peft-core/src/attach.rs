@@ -41,7 +41,7 @@ pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<
     for site in &sites {
         adapters.insert(site.id, method.init(site, seed)?);
     }
-    let trained = trained_base(&module, method, &sites)?;
+    let trained = trained_base(&module, method, &found, &sites)?;
     activation::register::<M>();
     Ok(module.apply_reparameterization(Attacher { adapters, trained }))
 }
@@ -108,26 +108,35 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// The base parameters that stay trainable. An entry of `modules_to_save` that names nothing is an error, as for targets.
-fn trained_base<T: Module, M: Method>(module: &T, method: &M, sites: &[&Site]) -> Result<Vec<ParamId>> {
+fn trained_base<T: Module, M: Method>(module: &T, method: &M, found: &Scan, sites: &[&Site]) -> Result<Vec<ParamId>> {
     let matcher = method.targets().matcher()?;
     let mut visitor = BaseParams::default();
     visit_params(module, &mut visitor);
     let adapted = |path: &str| sites.iter().any(|s| s.path == path);
-    let problems: Vec<Problem> = matcher
+    let packed = found.sites.iter().filter(|site| site.packed.is_some());
+    let trained_packed = packed.filter(|site| matcher.trains(&site.path, "weight", adapted(&site.path)));
+    let mut problems: Vec<Problem> = trained_packed
+        .map(|site| {
+            let what = "the weight is packed, so it cannot be trained whole; leave it out of packing".to_owned();
+            Problem::Other { path: site.path.clone(), what }
+        })
+        .collect();
+    let unknown = matcher
         .modules_to_save()
         .iter()
         .filter(|name| {
             let named = |path: &str| path.ends_with(name.as_str());
-            !visitor
-                .params
-                .iter()
-                .any(|(_, module, _)| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
+            let modules =
+                visitor.params.iter().map(|(_, module, _)| module).chain(found.sites.iter().map(|site| &site.path));
+            !modules
+                .into_iter()
+                .any(|module| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
         })
         .map(|name| Problem::NoMatch {
             targets: format!("modules_to_save \"{name}\""),
             near: nearest(visitor.params.iter().map(|(_, module, _)| module.as_str()), name),
-        })
-        .collect();
+        });
+    problems.extend(unknown);
     if !problems.is_empty() {
         return Err(Error::Attach { method: M::PEFT_TYPE, problems });
     }

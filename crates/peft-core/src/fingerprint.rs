@@ -15,8 +15,7 @@ use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, vi
 /// in the order of the paths.
 ///
 /// A dense weight counts by its shape and its values in f32, a packed one by its layout, its numbers, its code and the scales of its blocks. The
-/// adapter's values do not count, nor do the device, autodiff, and whether the module is in training. Of a double quantisation the one number
-/// that is added to all scales is not seen by a visitor and does not count either.
+/// adapter's values do not count, nor do the device, autodiff, and whether the module is in training.
 ///
 /// # Errors
 /// [`Error::Fingerprint`] when `module` carries no adapter, or the device does not hand out a weight.

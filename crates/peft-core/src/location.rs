@@ -62,7 +62,7 @@ impl PathStack {
     /// adapter sits at the weight's own path.
     pub fn enter(&mut self, name: &str, container: &str) {
         let name = if container.starts_with("Enum:") { String::new() } else { name.to_owned() };
-        let packing = (container == REPARAMETERIZATION && name == Quantized::NAME) || container == "Struct:Quantized";
+        let packing = if container == REPARAMETERIZATION { name == Quantized::NAME } else { self.in_packing() };
         self.levels.push(Level { name, container: container.to_owned(), packing });
     }
 
@@ -84,10 +84,7 @@ impl PathStack {
 
     /// Whether what is visited is part of a weight's packed form, the adapter on it apart.
     pub fn in_packing(&self) -> bool {
-        let packing = self.levels.iter().position(|level| level.packing);
-        packing.is_some_and(|at| {
-            self.levels[at..].iter().all(|level| level.packing || level.container != REPARAMETERIZATION)
-        })
+        self.levels.last().is_some_and(|level| level.packing)
     }
 
     /// Where the parameter that is being visited lives.

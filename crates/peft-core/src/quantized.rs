@@ -28,6 +28,11 @@ impl Quantized {
         &self.packed
     }
 
+    /// The dense weight `[d_in, d_out]`, without the adapter.
+    pub(crate) fn dense(&self, dtype: DType) -> Tensor<2> {
+        self.packed.unpack().transpose().cast(dtype)
+    }
+
     /// The parameter that carries the weight's adapter, if there is one.
     pub(crate) fn carrier(&self) -> &Param<Tensor<2>> {
         &self.carrier
@@ -38,7 +43,7 @@ impl Reparameterization for Quantized {
     const NAME: &'static str = "packed";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let mut weight = self.packed.unpack().transpose().cast(base.dtype());
+        let mut weight = self.dense(base.dtype());
         // A constant of the graph so far; the weight that it stands for lives on the base's device, which may be one with autodiff.
         if let Some(strategy) = base.gradient_checkpointing_strategy() {
             weight = weight.autodiff().with_gradient_checkpointing_strategy(strategy);

@@ -5,4 +5,4 @@
 
 mod packed;
 
-pub use packed::{BlockScales, Nested, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScalesPrimitive};
+pub use packed::{BlockScales, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScaleKind};

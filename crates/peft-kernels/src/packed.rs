@@ -7,13 +7,15 @@
 
 #[cfg(feature = "cube")]
 mod cube;
-#[cfg(feature = "flex")]
+// It takes words for bytes.
+#[cfg(all(feature = "flex", target_endian = "little"))]
 mod native;
 mod ops;
-#[cfg(feature = "flex")]
+#[cfg(all(feature = "flex", target_endian = "little"))]
 mod unpack;
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use burn::backend::Dispatch;
 use burn::module::{
@@ -21,7 +23,7 @@ use burn::module::{
 };
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-pub use ops::{PackedOps, Primitive, ScalesPrimitive};
+pub use ops::{PackedOps, Primitive};
 
 /// Values of a block of packed scales.
 pub(crate) const NESTED_BLOCK: usize = 256;
@@ -44,8 +46,11 @@ pub struct PackedLayout {
 
 impl PackedLayout {
     /// Number of values.
+    ///
+    /// # Panics
+    /// When there are more than this machine can count.
     pub fn len(&self) -> usize {
-        self.d_out * self.d_in
+        self.d_out.checked_mul(self.d_in).expect("a matrix that can be counted")
     }
 
     /// Whether there is no value.
@@ -156,16 +161,6 @@ pub enum BlockScales {
     },
 }
 
-/// Scales that are packed themselves, on a device.
-#[derive(Module, Debug)]
-pub struct Nested {
-    /// One byte for each scale, four to a word, the first in the lowest.
-    numbers: Param<Tensor<1, Int>>,
-    /// Value of each number.
-    map: Param<Tensor<1>>,
-    offset: f32,
-}
-
 /// A packed matrix `[d_out, d_in]` on a device: what a frozen linear layer multiplies by.
 ///
 /// It is an ordinary module: it moves with the model, is recorded with it, and takes part in no optimizer step.
@@ -188,42 +183,122 @@ pub struct Nested {
 /// ```
 #[derive(Module, Debug)]
 pub struct PackedMatrix {
-    /// Eight numbers of 4 bits to a word: its bytes from the lowest, in each the upper half first. Or four of 8 bits.
+    /// Eight numbers of 4 bits to a word: its bytes from the lowest, in each the upper half first. Or four of 8 bits. Then, in words of their own, those
+    /// of packed scales.
     numbers: Param<Tensor<1, Int>>,
-    /// Value of each number.
-    table: Param<Tensor<1>>,
-    /// One for each block, or for each 256 blocks when `nested`.
-    scales: Param<Tensor<1>>,
-    /// Smallest value of each block.
-    lows: Option<Param<Tensor<1>>>,
-    nested: Option<Nested>,
+    /// All that is added and multiplied, in the order of [`Floats`]: a tensor more would take more room than what it holds.
+    floats: Param<Tensor<1>>,
+    #[module(skip)]
+    scales: ScaleKind,
     layout: PackedLayout,
 }
+
+/// How the scales of a matrix are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScaleKind {
+    /// One for each block.
+    Plain,
+    /// And a smallest value for each block.
+    Affine,
+    /// Packed in blocks of 256.
+    Nested,
+}
+
+impl BlockScales {
+    fn kind(&self) -> ScaleKind {
+        match self {
+            Self::Plain(_) => ScaleKind::Plain,
+            Self::Affine { .. } => ScaleKind::Affine,
+            Self::Nested { .. } => ScaleKind::Nested,
+        }
+    }
+}
+
+/// Where the parts of a matrix's floats lie, one after the other; absent ones are empty.
+#[derive(Clone, Debug)]
+pub(crate) struct Floats {
+    /// Value of each number.
+    pub(crate) table: Range<usize>,
+    /// One for each block, or for each 256 blocks when they are packed.
+    pub(crate) scales: Range<usize>,
+    /// Smallest value of each block.
+    pub(crate) lows: Range<usize>,
+    /// Value of each number of a packed scale.
+    pub(crate) map: Range<usize>,
+    /// What is added to each packed scale: one value.
+    pub(crate) offset: Range<usize>,
+}
+
+impl Floats {
+    pub(crate) fn of(layout: PackedLayout, scales: ScaleKind) -> Self {
+        let (blocks, mut end) = (layout.blocks(), 0);
+        let mut next = |count: usize| {
+            let start = end;
+            end += count;
+            start..end
+        };
+        let (count, lows, map, offset) = match scales {
+            ScaleKind::Plain => (blocks, 0, 0, 0),
+            ScaleKind::Affine => (blocks, blocks, 0, 0),
+            ScaleKind::Nested => (nested_layout(layout).blocks(), 0, MAP, 1),
+        };
+        Self {
+            table: next(1 << layout.bits),
+            scales: next(count),
+            lows: next(lows),
+            map: next(map),
+            offset: next(offset),
+        }
+    }
+}
+
+/// Values of a map of 8 bits.
+const MAP: usize = 256;
 
 impl PackedMatrix {
     /// Puts a packed matrix on `device`, without autodiff.
     ///
     /// # Panics
-    /// When a part has not the length that the layout asks for, or `bits` is neither 4 nor 8.
+    /// When a part has not the length that the layout asks for, `bits` is neither 4 nor 8, or the table has more values than numbers.
     pub fn new(data: PackedData, device: &Device) -> Self {
         let PackedData { layout, bytes, table, scales } = data;
         let device = &device.clone().without_autodiff();
-        let (mut lows, mut nested) = (None, None);
-        let scales = match scales {
-            BlockScales::Plain(scales) => constant(&scales, layout.blocks(), device),
-            BlockScales::Affine { scales, lows: smallest } => {
-                lows = Some(constant(&smallest, layout.blocks(), device));
-                constant(&scales, layout.blocks(), device)
-            }
-            BlockScales::Nested { numbers: bytes, map, scales, offset } => {
-                let statistics = nested_layout(layout);
-                let map = constant(&map, map.len(), device);
-                nested = Some(Nested { numbers: numbers(statistics, &bytes, device), map, offset });
-                constant(&scales, statistics.blocks(), device)
-            }
+        let kind = scales.kind();
+        let places = Floats::of(layout, kind);
+        let nested = (kind == ScaleKind::Nested).then(|| nested_layout(layout));
+        // Exact room, for a tensor keeps what its values came in.
+        let mut words = Vec::with_capacity(layout.words() + nested.map_or(0, |nested| nested.words()));
+        push_words(&mut words, layout, &bytes);
+        let mut floats = vec![0.0; places.offset.end];
+        let mut put = |what: &str, place: Range<usize>, values: &[f32], all: bool| {
+            let fits = if all { values.len() == place.len() } else { values.len() <= place.len() };
+            assert!(fits, "{what} of {layout:?}: {} values for {}", values.len(), place.len());
+            floats[place][..values.len()].copy_from_slice(values);
         };
-        let table = constant(&table, table.len(), device);
-        Self { numbers: numbers(layout, &bytes, device), table, scales, lows, nested, layout }
+        // A number that stands for no value stands for zero.
+        put("table", places.table, &table, false);
+        match scales {
+            BlockScales::Plain(scales) => put("scales", places.scales, &scales, true),
+            BlockScales::Affine { scales, lows } => {
+                put("scales", places.scales, &scales, true);
+                put("smallest values", places.lows, &lows, true);
+            }
+            BlockScales::Nested { numbers, map, scales, offset } => {
+                push_words(&mut words, nested_layout(layout), &numbers);
+                put("scales of scales", places.scales, &scales, true);
+                put("map", places.map, &map, false);
+                put("offset", places.offset, &[offset], true);
+            }
+        }
+        let (word_count, float_count) = (words.len(), floats.len());
+        let numbers = Tensor::from_data(TensorData::new(words, [word_count]), (device, DType::U32));
+        let floats = Tensor::from_data(TensorData::new(floats, [float_count]), (device, DType::F32));
+        Self {
+            numbers: Param::initialized(ParamId::new(), numbers),
+            floats: Param::initialized(ParamId::new(), floats).set_require_grad(false),
+            scales: kind,
+            layout,
+        }
     }
 
     /// The shape, and how the numbers lie.
@@ -231,14 +306,9 @@ impl PackedMatrix {
         self.layout
     }
 
-    /// Bytes that the packed tensors take on the device, the table of the code apart, which is the same for every weight.
+    /// Bytes that the packed tensors take on the device.
     pub fn bytes(&self) -> usize {
-        let floats = |tensor: &Param<Tensor<1>>| 4 * tensor.dims()[0];
-        let nested = |nested: &Nested| 4 * nested.numbers.dims()[0] + size_of::<f32>();
-        4 * self.numbers.dims()[0]
-            + floats(&self.scales)
-            + self.lows.as_ref().map_or(0, floats)
-            + self.nested.as_ref().map_or(0, nested)
+        4 * (self.numbers.dims()[0] + self.floats.dims()[0])
     }
 
     /// `x·Wᵀ`, computed in the type of `x`. The weight is unpacked inside the operation, piece by piece where the backend allows it, and again
@@ -260,18 +330,13 @@ impl PackedMatrix {
     }
 
     fn primitive(&self) -> Primitive<Dispatch> {
-        // A constant of every graph, whatever device the model was moved to.
-        let float = |tensor: &Param<Tensor<1>>| tensor.val().without_autodiff().into_dispatch();
-        let int = |tensor: &Param<Tensor<1, Int>>| tensor.val().without_autodiff().into_dispatch();
-        let scales = float(&self.scales);
-        let scales = match (&self.nested, &self.lows) {
-            (Some(Nested { numbers, map, offset }), _) => {
-                ScalesPrimitive::Nested { numbers: int(numbers), map: float(map), scales, offset: *offset }
-            }
-            (None, Some(lows)) => ScalesPrimitive::Affine { scales, lows: float(lows) },
-            (None, None) => ScalesPrimitive::Plain { scales },
-        };
-        Primitive { numbers: int(&self.numbers), table: float(&self.table), scales, layout: self.layout }
+        // Constants of every graph, whatever device the model was moved to.
+        Primitive {
+            numbers: self.numbers.val().without_autodiff().into_dispatch(),
+            floats: self.floats.val().without_autodiff().into_dispatch(),
+            scales: self.scales,
+            layout: self.layout,
+        }
     }
 }
 
@@ -280,7 +345,7 @@ pub(crate) fn nested_layout(layout: PackedLayout) -> PackedLayout {
     PackedLayout { d_out: 1, d_in: layout.blocks(), bits: 8, block: NESTED_BLOCK }
 }
 
-fn numbers(layout: PackedLayout, bytes: &[u8], device: &Device) -> Param<Tensor<1, Int>> {
+fn push_words(words: &mut Vec<u32>, layout: PackedLayout, bytes: &[u8]) {
     let PackedLayout { bits, .. } = layout;
     assert!(bits == 4 || bits == 8, "numbers of 4 or 8 bits, not {bits}");
     assert_eq!(bytes.len(), layout.len().div_ceil(8 / bits), "bytes of {layout:?}");
@@ -289,13 +354,7 @@ fn numbers(layout: PackedLayout, bytes: &[u8], device: &Device) -> Param<Tensor<
         word[..four.len()].copy_from_slice(four);
         u32::from_le_bytes(word)
     };
-    let mut words: Vec<u32> = bytes.chunks(4).map(word).collect();
-    words.resize(layout.words(), 0);
-    let length = words.len();
-    Param::initialized(ParamId::new(), Tensor::from_data(TensorData::new(words, [length]), (device, DType::U32)))
-}
-
-fn constant(values: &[f32], expected: usize, device: &Device) -> Param<Tensor<1>> {
-    assert_eq!(values.len(), expected, "values of a packed matrix");
-    Param::initialized(ParamId::new(), Tensor::from_data(values, (device, DType::F32))).set_require_grad(false)
+    let end = words.len() + layout.words();
+    words.extend(bytes.chunks(4).map(word));
+    words.resize(end, 0);
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use peft_core::files::{Values, transpose};
-use peft_core::{AdapterFile, LayerKind, Method as _, Result, Strictness, attach, scan};
+use peft_core::{AdapterFile, Error, LayerKind, Method as _, Result, Strictness, attach, scan};
 
 use crate::LoraConfig;
 
@@ -27,6 +27,9 @@ pub fn attach_factors<T: Module>(
         let site = sites.iter().find(|site| site.path == *path);
         let (kind, d_in, d_out) = site.map_or((LayerKind::Linear, 0, 0), |site| (site.kind, site.d_in, site.d_out));
         let (rank, scale) = (method.rank_of(path)?, method.scale_of(path)? as f32);
+        if scale == 0.0 {
+            return Err(Error::config("lora_alpha", "a number other than 0, for the factors to count", 0));
+        }
         let b: Vec<f32> = b.iter().map(|value| value / scale).collect();
         for (field, factor) in [("a", transposed(a, d_in, rank)), ("b", transposed(&b, rank, d_out))] {
             let tensor = LoraConfig::tensors(kind).iter().find(|tensor| tensor.field == field);

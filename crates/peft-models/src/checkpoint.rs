@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use peft_core::files::decode;
 use peft_core::kernels::PackedData;
-use peft_quant::{BnbWeight, Stored, packed_weight, part_names};
+use peft_quant::{BnbWeight, Stored, packed_weight, part_names, stored_shape};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
@@ -42,8 +42,8 @@ struct Place {
     dtype: Dtype,
 }
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The format's own bound on the header.
 const LARGEST_HEADER: u64 = 100_000_000;
 
@@ -112,7 +112,10 @@ impl Checkpoint {
                 ));
             };
             let (numbers, place) = (numbers.clone(), *place);
-            let shape = self.packed_weight(&name)?.map(|weight| weight.shape).unwrap_or_default();
+            let state = part_names(&name).find(|part| packed_weight(part).is_some() && self.parts.contains_key(part));
+            let state = state.map(|state| self.bytes_at(&self.parts[&state].0, self.parts[&state].1)).transpose()?;
+            let shape = stored_shape(&name, &state.unwrap_or_default());
+            let shape = shape.map_err(|e| Error::format(&self.dir, e.to_string()))?;
             let dtype = code.name().to_uppercase();
             let info = TensorInfo { name: name.clone(), shape, dtype, bytes: numbers.bytes, packed_rows: true };
             found.insert(name, (info, place));

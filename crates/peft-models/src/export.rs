@@ -9,10 +9,10 @@ pub use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, INDEX, SINGLE};
 use crate::load::{HfTensor, export_weights};
 use crate::tokenizer::Tokenizer;
-use crate::weights::TensorInfo;
+use crate::weights::{TensorInfo, Weights as _};
 use crate::{Error, Result};
 
 /// Writes `module` as a Hugging Face directory with all tensors in `dtype`, which must be a float type.
@@ -44,6 +44,12 @@ pub fn rewrite(
     tokenizer: Option<&Tokenizer>,
     dir: &Path,
 ) -> Result<()> {
+    if base.is_packed() {
+        return Err(Error::Unsupported {
+            what: format!("{}: replacing tensors beside packed ones", base.path().display()),
+            hint: "write the whole model dense".to_owned(),
+        });
+    }
     let files = base.files().count();
     write_files(base.out_files(), config, tokenizer, dir, |shard| {
         let mut tensors = Vec::new();
@@ -94,9 +100,16 @@ pub(crate) fn write_files(
         weight_map.extend(tensors.iter().map(|t| (t.name.clone(), Value::from(shard.file.as_str()))));
         save_shard(dir, &shard.file, tensors)?;
     }
+    // What another model has left here must not be taken for a part of this one.
+    for stale in [SINGLE, INDEX] {
+        let kept = (stale == INDEX && files.len() > 1) || files.iter().any(|file| file.file == stale);
+        if !kept && dir.join(stale).is_file() {
+            std::fs::remove_file(dir.join(stale)).map_err(Error::io(dir.join(stale)))?;
+        }
+    }
     if files.len() > 1 {
         let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-        write_atomically(dir, &[("model.safetensors.index.json", pretty(&index, dir)?.as_bytes())])?;
+        write_atomically(dir, &[(INDEX, pretty(&index, dir)?.as_bytes())])?;
     }
     save_extras(config, tokenizer, dir)
 }

@@ -173,6 +173,9 @@ impl Weights for Gguf {
         let (stored, layout) = self.source(info)?;
         let Stored { format, shape, .. } = stored;
         let [d_out, d_in] = shape[..] else { return Ok(None) };
+        if !format.is_packed() {
+            return Ok(None);
+        }
         let bytes = match *layout {
             // The file has the rows of a linear layer whatever `transformers` has.
             Layout::Same | Layout::Transposed => self.bytes(stored)?,

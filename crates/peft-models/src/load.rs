@@ -96,11 +96,11 @@ struct Plan<'a> {
 
 impl ParamVisitor for Plan<'_> {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
-        let hf = hf_name(&at.locate(), D);
-        // GPT-2's own checkpoints leave out the outermost name.
-        let short = hf.name.strip_prefix("transformer.").unwrap_or(&hf.name);
-        let info = self.weights.find(&hf.name).or_else(|| self.weights.find(short));
-        let transposed = hf.transposed || info.is_some_and(|info| info.packed_rows);
+        let location = at.locate();
+        let hf = hf_name(&location, D);
+        let info = self.weights.find_parameter(&hf.name);
+        let linear = matches!(location.kind, Some(LayerKind::Linear | LayerKind::Conv1D));
+        let transposed = hf.transposed || (linear && info.is_some_and(|info| info.packed_rows));
         let mut expected = param.lazy_shape().to_vec();
         if transposed {
             expected.reverse();

@@ -112,12 +112,19 @@ fn choose(files: &ModelFiles, quantization: &Quantization, device: &Device) -> R
     let mut chosen = HashMap::new();
     for site in scan(&model).sites {
         let Some(name) = namer.0.remove(&site.id) else { continue };
-        let short = name.strip_prefix("transformer.").unwrap_or(&name);
         let weights = files.origin.weights();
-        let info = weights.find(&name).or_else(|| weights.find(short));
-        if let (Some(info), Some(format)) = (info, quantization.format_of(&site)?) {
-            chosen.insert(info.name.clone(), (site, format));
+        let (Some(info), Some(format)) = (weights.find_parameter(&name), quantization.format_of(&site)?) else {
+            continue;
+        };
+        let mut expected = [site.d_in, site.d_out];
+        if site.kind == LayerKind::Linear {
+            expected.reverse();
         }
+        if info.shape != expected {
+            let problem = format!("  - {}: expected shape {expected:?}, found {:?}", info.name, info.shape);
+            return Err(Error::Weights { path: weights.path().to_owned(), problems: vec![problem] });
+        }
+        chosen.insert(info.name.clone(), (site, format));
     }
     Ok(chosen)
 }
@@ -154,7 +161,8 @@ fn quantization_config(quantization: &Quantization, compute: Dtype) -> Value {
     let Format { code, block, double_quant } = quantization.format;
     let formats: BTreeMap<&String, String> =
         quantization.pattern.iter().map(|(name, format)| (name, format.to_string())).collect();
-    if !matches!(code, Code::Nf4 | Code::Fp4) {
+    let known = |format: &Format| matches!(format.code, Code::Nf4 | Code::Fp4);
+    if !(known(&quantization.format) && quantization.pattern.values().all(known)) {
         return json!({ "quant_method": "peft", "quant_type": code.name(), "block_size": block, "double_quant": double_quant,
             "skip_modules": skip, "patterns": formats });
     }

@@ -44,6 +44,11 @@ pub trait Weights: Sync {
         Ok(None)
     }
 
+    /// The tensor that `transformers` calls `name`, also where GPT-2's own checkpoints leave out the outermost part of it.
+    fn find_parameter(&self, name: &str) -> Option<&TensorInfo> {
+        self.find(name).or_else(|| self.find(name.strip_prefix("transformer.")?))
+    }
+
     /// The tensor of that name.
     fn find(&self, name: &str) -> Option<&TensorInfo> {
         let tensors = self.tensors();

@@ -63,6 +63,21 @@ pub fn packed_weight(name: &str) -> Option<(&str, Code)> {
     STATES.iter().find_map(|(code, state)| Some((name.strip_suffix(state)?, *code)))
 }
 
+/// The shape of the packed weight called `name`, by its state alone.
+///
+/// # Errors
+/// When the state is malformed.
+pub fn stored_shape(name: &str, state: &[u8]) -> Result<Vec<usize>, Error> {
+    State::read(name, state).map(|state| state.shape)
+}
+
+impl State {
+    fn read(name: &str, state: &[u8]) -> Result<Self, Error> {
+        let malformed = |e| Error::Malformed { name: name.to_owned(), what: format!("quant_state: {e}") };
+        serde_json::from_slice(state).map_err(malformed)
+    }
+}
+
 /// Names that the parts of the packed weight called `name` may have, itself apart.
 pub fn part_names(name: &str) -> impl Iterator<Item = String> {
     STATES.iter().map(|(_, state)| *state).chain(PARTS).map(move |suffix| format!("{name}{suffix}"))
@@ -82,8 +97,7 @@ impl BnbWeight {
             get(&name).ok_or(Error::Missing { name })
         };
         let malformed = |what: String| Error::Malformed { name: name.to_owned(), what };
-        let State { blocksize, dtype, shape, nested_blocksize, nested_offset } =
-            serde_json::from_slice(&state.data).map_err(|e| malformed(format!("quant_state: {e}")))?;
+        let State { blocksize, dtype, shape, nested_blocksize, nested_offset } = State::read(name, &state.data)?;
         let len = shape.iter().try_fold(1_usize, |len, size| len.checked_mul(*size));
         let len = len.ok_or_else(|| malformed(format!("shape {shape:?} has too many values")))?;
         let floats = |suffix: &str| {

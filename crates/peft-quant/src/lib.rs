@@ -18,7 +18,7 @@ mod packed;
 mod quantize;
 mod truth;
 
-pub use bitsandbytes::{BnbWeight, Stored, packed_weight, part_names};
+pub use bitsandbytes::{BnbWeight, Stored, packed_weight, part_names, stored_shape};
 pub use code::{Code, dynamic_map};
 pub use loftq::{Factors, LoftQ, loftq, loftq_model};
 use packed::NESTED_BLOCK;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use burn::module::Module;
 use nalgebra::{DMatrix, SVD};
-use peft_core::{Site, scan};
+use peft_core::{Problem, Site, scan};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -55,10 +55,17 @@ pub fn loftq_model<T: Module>(
     rank_of: impl Fn(&Site) -> peft_core::Result<Option<usize>>,
 ) -> peft_core::Result<(T, Factors)> {
     let mut ranks = HashMap::new();
+    let mut problems = Vec::new();
     for site in scan(&module).sites {
-        if let Some(rank) = rank_of(&site)? {
-            ranks.insert(site.path, rank);
+        let Some(rank) = rank_of(&site)? else { continue };
+        if site.packed.is_some() {
+            let what = "packed already, and what that has lost is not known; begin with the dense model".to_owned();
+            problems.push(Problem::Other { path: site.path.clone(), what });
         }
+        ranks.insert(site.path, rank);
+    }
+    if !problems.is_empty() {
+        return Err(peft_core::Error::Pack { problems });
     }
     let mut factors = Factors::new();
     let module = quantize_with(module, quantization, |site, format, rows| match ranks.get(&site.path) {

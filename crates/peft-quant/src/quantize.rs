@@ -93,12 +93,11 @@ impl Quantization {
     /// When an entry of `pattern` is no regular expression.
     pub fn format_of(&self, site: &Site) -> peft_core::Result<Option<Format>> {
         let skipped = |name: &String| {
-            let at = site.path.rfind(name.as_str());
-            at.is_some_and(|at| {
-                let end = at + name.len();
-                (at == 0 || site.path[..at].ends_with('.'))
-                    && (end == site.path.len() || site.path[end..].starts_with('.'))
-            })
+            let at_ends = |at: usize| {
+                let (before, after) = (&site.path[..at], &site.path[at + name.len()..]);
+                (before.is_empty() || before.ends_with('.')) && (after.is_empty() || after.starts_with('.'))
+            };
+            !name.is_empty() && site.path.match_indices(name.as_str()).any(|(at, _)| at_ends(at))
         };
         if site.kind == LayerKind::Embedding || self.skip.iter().any(skipped) {
             return Ok(None);
@@ -128,7 +127,7 @@ impl Quantization {
 /// ```
 ///
 /// # Errors
-/// When a weight is not finite, is packed or adapted already, or the device does not hand it out. All layers at once; nothing is changed then.
+/// When a weight is not finite, carries an adapter, or the device does not hand it out. Weights that are packed already stay as they are. All layers at once; nothing is changed then.
 pub fn quantize<T: Module>(module: T, quantization: &Quantization) -> peft_core::Result<T> {
     quantize_with(module, quantization, |_, format, rows| format.pack(rows))
 }
@@ -189,7 +188,9 @@ impl Packed {
     /// # Errors
     /// When there are not `d_out · d_in` values.
     pub fn into_matrix(self, [d_out, d_in]: [usize; 2]) -> Result<PackedData, Error> {
-        let layout = PackedLayout { d_out, d_in, bits: self.code().bits(), block: self.block() };
+        // A block beyond the end is one up to it: a file may say anything.
+        let block = self.block().min(self.len().max(1));
+        let layout = PackedLayout { d_out, d_in, bits: self.code().bits(), block };
         if d_out.checked_mul(d_in) != Some(self.len()) {
             let (expected, found) = (d_out.saturating_mul(d_in), self.len());
             return Err(Error::Length { what: "values of a matrix", expected, found });

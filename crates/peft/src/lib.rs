@@ -2,6 +2,7 @@
 //!
 //! - [`core`]: methods, targets, attaching, the activation seam, adapter files
 //! - [`lora`]: the low-rank methods
+//! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`train`]: data, the loop, checkpoints
 //!
@@ -27,10 +28,12 @@
 pub use peft_core as core;
 pub use peft_lora as lora;
 pub use peft_models as models;
+pub use peft_quant as quant;
 pub use peft_train as train;
 
 /// What most programs need.
 pub mod prelude {
     pub use peft_core::{Peft, Targets, load_adapter, merge, save_adapter};
     pub use peft_lora::LoraConfig;
+    pub use peft_quant::{Format, Quantization, quantize};
 }

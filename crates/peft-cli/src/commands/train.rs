@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::methods::Adaptation;
 use crate::output::{Output, before_after, bytes, evaluation, quoted, thousands};
 use crate::rows::{self, Reading, report_json};
-use crate::settings::{FILE, Settings};
+use crate::settings::{FILE, Init, Settings};
 use crate::{Context, Error, Result, device, interrupt, methods, model};
 
 /// Arguments of `peft train`.
@@ -252,11 +252,13 @@ fn tell(summary: &Summary, pretrained: &Pretrained, data: &Data, settings: &Sett
     if summary.outcome == Outcome::Interrupted {
         return screen.field("resume", format_args!("peft train --out {out} --resume"));
     }
-    let model = quoted(&pretrained.files.name);
+    let model = quoted(&pretrained.files.name) + &settings.packing.flags();
+    // What belongs to the packed weights cannot be merged into others.
+    let into = if settings.init == Init::Loftq { " --into unpacked" } else { "" };
     let prompt =
         if data.is_chat() && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
     screen.field("next", format_args!("peft generate --model {model} --adapter {out} {prompt} \"…\""))?;
-    screen.field("", format_args!("peft merge --model {model} --adapter {out} --out merged"))
+    screen.field("", format_args!("peft merge --model {model}{into} --adapter {out} --out merged"))
 }
 
 fn result_json(summary: &Summary, parameters: &Report, report: &EncodeReport, out: &Path) -> serde_json::Value {

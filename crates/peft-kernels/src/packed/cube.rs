@@ -10,10 +10,10 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_dtype;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{PackedLayout, PackedOps, Primitive, ScalesPrimitive, nested_layout};
+use super::{Floats, PackedLayout, PackedOps, Primitive, ScaleKind, nested_layout};
 
 /// Up to this number of rows the weight is unpacked in the product itself: it is bound by reading the weight.
 const FEW_ROWS: usize = 4;
@@ -30,6 +30,19 @@ struct Kind {
     bits: usize,
     block: usize,
     affine: bool,
+    /// Whether something is added to every value.
+    offset: bool,
+}
+
+/// Where a kernel finds what it needs, counted from the beginning of its tensors.
+#[derive(CubeLaunch, CubeType, Clone, Copy)]
+struct Places {
+    /// Of the numbers.
+    words: u32,
+    table: u32,
+    scales: u32,
+    lows: u32,
+    offset: u32,
 }
 
 /// Number `i` of a word, at place `at` of the matrix, as the value it stands for.
@@ -38,9 +51,9 @@ fn value(
     word: u32,
     i: usize,
     at: usize,
-    table: &Tensor<f32>,
+    floats: &Tensor<f32>,
     scales: &Tensor<f32>,
-    lows: &Tensor<f32>,
+    places: &Places,
     #[comptime] kind: Kind,
 ) -> f32 {
     let mut number = word >> (8u32 * i as u32) & 255u32;
@@ -48,9 +61,13 @@ fn value(
         // Bytes from the lowest; in each the upper half first.
         number = word >> (4u32 * (i as u32 ^ 1u32)) & 15u32;
     }
-    let mut value = table[number as usize] * scales[at / kind.block];
+    let block = at / kind.block;
+    let mut value = floats[(places.table + number) as usize] * scales[places.scales as usize + block];
     if comptime!(kind.affine) {
-        value += lows[at / kind.block];
+        value += scales[places.lows as usize + block];
+    }
+    if comptime!(kind.offset) {
+        value += floats[places.offset as usize];
     }
     value
 }
@@ -59,22 +76,22 @@ fn value(
 #[cube(launch)]
 fn unpack_kernel<F: Float>(
     numbers: &Tensor<u32>,
-    table: &Tensor<f32>,
+    floats: &Tensor<f32>,
     scales: &Tensor<f32>,
-    lows: &Tensor<f32>,
     output: &mut Tensor<F>,
-    offset: f32,
+    places: &Places,
+    words: u32,
     #[comptime] kind: Kind,
     #[define(F)] _dtype: ElemType,
 ) {
-    if ABSOLUTE_POS < numbers.len() {
-        let word = numbers[ABSOLUTE_POS];
+    if ABSOLUTE_POS < words as usize {
+        let word = numbers[places.words as usize + ABSOLUTE_POS];
         let each = comptime!(32 / kind.bits);
         #[unroll]
         for i in 0..each {
             let at = ABSOLUTE_POS * each + i;
             if at < output.len() {
-                output[at] = F::cast_from(value(word, i, at, table, scales, lows, kind) + offset);
+                output[at] = F::cast_from(value(word, i, at, floats, scales, places, kind));
             }
         }
     }
@@ -85,10 +102,10 @@ fn unpack_kernel<F: Float>(
 fn few_rows_kernel<F: Float>(
     x: &Tensor<F>,
     numbers: &Tensor<u32>,
-    table: &Tensor<f32>,
+    floats: &Tensor<f32>,
     scales: &Tensor<f32>,
-    lows: &Tensor<f32>,
     output: &mut Tensor<F>,
+    places: &Places,
     d_in: u32,
     d_out: u32,
     #[comptime] kind: Kind,
@@ -105,7 +122,7 @@ fn few_rows_kernel<F: Float>(
         #[unroll]
         for i in 0..each {
             let column = at * each + i;
-            let weight = value(word, i, o * d_in + column, table, scales, lows, kind);
+            let weight = value(word, i, o * d_in + column, floats, scales, places, kind);
             sum += f32::cast_from(x[row * d_in + column]) * weight;
         }
         at += comptime!(UNITS);
@@ -154,38 +171,63 @@ fn transposed(weight: CubeTensor) -> CubeTensor {
 /// A packed matrix with a scale in f32 for each block: packed scales are unpacked, which takes a fraction of the matrix.
 struct Flat {
     numbers: CubeTensor,
-    table: CubeTensor,
+    floats: CubeTensor,
     scales: CubeTensor,
-    lows: Option<CubeTensor>,
     layout: PackedLayout,
-    offset: f32,
+    places: Places,
+    affine: bool,
+    offset: bool,
 }
 
 impl Flat {
     fn of(packed: Primitive<CubeBackend>) -> Self {
-        let Primitive { numbers, table, scales, layout } = packed;
-        let (scales, lows) = match scales {
-            ScalesPrimitive::Plain { scales } => (scales, None),
-            ScalesPrimitive::Affine { scales, lows } => (scales, Some(lows)),
-            ScalesPrimitive::Nested { numbers, map, scales, offset } => {
-                let layout = nested_layout(layout);
-                let packed = Self { numbers, table: map, scales, lows: None, layout, offset };
-                (packed.unpack(DType::F32), None)
-            }
+        let Primitive { numbers, floats, scales, layout } = packed;
+        let (numbers, floats) = (into_contiguous(numbers), into_contiguous(floats));
+        let found = Floats::of(layout, scales);
+        let start = |place: std::ops::Range<usize>| place.start as u32;
+        let places = Places {
+            words: 0,
+            table: 0,
+            scales: start(found.scales),
+            lows: start(found.lows),
+            offset: start(found.offset),
         };
-        let [numbers, table, scales] = [numbers, table, scales].map(into_contiguous);
-        Self { numbers, table, scales, lows: lows.map(into_contiguous), layout, offset: 0.0 }
+        let flat = |scales, layout, places, affine, offset| Self {
+            numbers: numbers.clone(),
+            floats: floats.clone(),
+            scales,
+            layout,
+            places,
+            affine,
+            offset,
+        };
+        match scales {
+            ScaleKind::Plain => flat(floats.clone(), layout, places, false, false),
+            ScaleKind::Affine => flat(floats.clone(), layout, places, true, false),
+            ScaleKind::Nested => {
+                let inner = Places { words: layout.words() as u32, table: start(found.map), ..places };
+                let scales = flat(floats.clone(), nested_layout(layout), inner, false, true).unpack(DType::F32);
+                flat(scales, layout, Places { scales: 0, ..places }, false, false)
+            }
+        }
     }
 
     fn kind(&self) -> Kind {
-        Kind { bits: self.layout.bits, block: self.layout.block, affine: self.lows.is_some() }
+        let PackedLayout { bits, block, .. } = self.layout;
+        Kind { bits, block, affine: self.affine, offset: self.offset }
     }
 
     /// The dense matrix in that type.
     fn unpack(self, dtype: DType) -> CubeTensor {
         let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
         let client = self.numbers.client.clone();
-        let output = empty_device_dtype(client.clone(), self.numbers.device.clone(), Shape::new([d_out, d_in]), dtype);
+        // A backend may pad rows unless it is told not to, and the kernel counts without.
+        let output = empty_device_contiguous_dtype(
+            client.clone(),
+            self.numbers.device.clone(),
+            Shape::new([d_out, d_in]),
+            dtype,
+        );
         let words = self.layout.words();
         let cube_dim = CubeDim::new(&client, words);
         unpack_kernel::launch(
@@ -193,11 +235,11 @@ impl Flat {
             calculate_cube_count_elemwise(&client, words, cube_dim),
             cube_dim,
             self.numbers.into_tensor_arg(),
-            self.table.into_tensor_arg(),
-            self.scales.clone().into_tensor_arg(),
-            self.lows.unwrap_or(self.scales).into_tensor_arg(),
+            self.floats.into_tensor_arg(),
+            self.scales.into_tensor_arg(),
             output.clone().into_tensor_arg(),
-            self.offset,
+            self.places.launch(),
+            words as u32,
             kind,
             dtype_to_storage_type(dtype),
         );
@@ -213,22 +255,29 @@ impl Flat {
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
         let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
         let (rows, dtype, client) = (x.meta.shape()[0], x.dtype, x.client.clone());
-        let output = empty_device_dtype(client.clone(), x.device.clone(), Shape::new([rows, d_out]), dtype);
+        let output = empty_device_contiguous_dtype(client.clone(), x.device.clone(), Shape::new([rows, d_out]), dtype);
         few_rows_kernel::launch(
             &client,
             CubeCount::Static(d_out as u32, rows as u32, 1),
             CubeDim::new_1d(UNITS as u32),
             into_contiguous(x).into_tensor_arg(),
             self.numbers.into_tensor_arg(),
-            self.table.into_tensor_arg(),
-            self.scales.clone().into_tensor_arg(),
-            self.lows.unwrap_or(self.scales).into_tensor_arg(),
+            self.floats.into_tensor_arg(),
+            self.scales.into_tensor_arg(),
             output.clone().into_tensor_arg(),
+            self.places.launch(),
             d_in as u32,
             d_out as u32,
             kind,
             dtype_to_storage_type(dtype),
         );
         output
+    }
+}
+
+impl Places {
+    fn launch(self) -> PlacesLaunch {
+        let Self { words, table, scales, lows, offset } = self;
+        PlacesLaunch::new(words, table, scales, lows, offset)
     }
 }

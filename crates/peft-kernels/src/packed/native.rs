@@ -8,7 +8,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::unpack::{Scales, View};
-use super::{PackedLayout, Primitive, ScalesPrimitive};
+use super::{Floats, PackedLayout, Primitive, ScaleKind};
 
 /// Values of a tile: with the packed copy that the product makes, it stays in the second cache.
 const TILE: usize = 64 * 1024;
@@ -33,24 +33,34 @@ pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
 
 /// `x·Wᵀ`.
 pub(super) fn linear(x: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
-    multiply(x, packed, packed.layout.d_out, |x, rows, view, out| {
-        if rows <= FEW_ROWS { few_rows(x, view, out) } else { tiles(x, rows, view, out) }
-    })
+    let PackedLayout { d_out, d_in, .. } = packed.layout;
+    multiply(
+        x,
+        packed,
+        d_in,
+        d_out,
+        |x, rows, view, out| {
+            if rows <= FEW_ROWS { few_rows(x, view, out) } else { tiles(x, rows, view, out) }
+        },
+    )
 }
 
 /// `dy·W`.
 pub(super) fn linear_backward(grad: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
-    multiply(grad, packed, packed.layout.d_in, backward_tiles)
+    let PackedLayout { d_out, d_in, .. } = packed.layout;
+    multiply(grad, packed, d_out, d_in, backward_tiles)
 }
 
-/// A product of `x` `[rows, _]`, computed in f32, into `[rows, width]` of its type.
+/// A product of `x` `[rows, inner]`, computed in f32, into `[rows, width]` of its type.
 fn multiply(
     x: FlexTensor,
     packed: &Primitive<Flex>,
+    inner: usize,
     width: usize,
     product: impl Fn(&[f32], usize, &View<'_>, &mut [f32]),
 ) -> FlexTensor {
     let (rows, dtype) = (x.layout().shape()[0], x.dtype());
+    assert_eq!(x.layout().shape()[..], [rows, inner], "packed product: shape of the input");
     let x = cast(x, DType::F32).to_contiguous();
     let mut out = FlexTensor::zeros(Shape::new([rows, width]), DType::F32);
     with_view(packed, |view| product(x.storage(), rows, view, out.storage_mut()));
@@ -191,19 +201,17 @@ unsafe fn gemm(
 
 /// Shows the packed tensors as slices.
 fn with_view<T>(packed: &Primitive<Flex>, work: impl FnOnce(&View<'_>) -> T) -> T {
-    let contiguous = FlexTensor::to_contiguous;
-    let (numbers, table) = (contiguous(&packed.numbers), contiguous(&packed.table));
-    let view = |scales| View::new(numbers.bytes(), table.storage(), scales, packed.layout);
-    match &packed.scales {
-        ScalesPrimitive::Plain { scales } => work(&view(Scales::Plain(contiguous(scales).storage()))),
-        ScalesPrimitive::Affine { scales, lows } => {
-            let (scales, lows) = (contiguous(scales), contiguous(lows));
-            work(&view(Scales::Affine { scales: scales.storage(), lows: lows.storage() }))
+    let (numbers, floats) = (packed.numbers.to_contiguous(), packed.floats.to_contiguous());
+    let (bytes, floats) = (numbers.bytes(), floats.storage::<f32>());
+    let Floats { table, scales, lows, map, offset } = Floats::of(packed.layout, packed.scales);
+    let scales = &floats[scales];
+    let scales = match packed.scales {
+        ScaleKind::Plain => Scales::Plain(scales),
+        ScaleKind::Affine => Scales::Affine { scales, lows: &floats[lows] },
+        ScaleKind::Nested => {
+            let bytes = &bytes[4 * packed.layout.words()..];
+            Scales::Nested { bytes, map: &floats[map], scales, offset: floats[offset][0] }
         }
-        ScalesPrimitive::Nested { numbers, map, scales, offset } => {
-            let (numbers, map, scales) = (contiguous(numbers), contiguous(map), contiguous(scales));
-            let (map, scales) = (map.storage(), scales.storage());
-            work(&view(Scales::Nested { bytes: numbers.bytes(), map, scales, offset: *offset }))
-        }
-    }
+    };
+    work(&View::new(bytes, &floats[table], scales, packed.layout))
 }

@@ -8,6 +8,8 @@
 use burn::backend::Flex;
 #[cfg(feature = "ndarray")]
 use burn::backend::NdArray;
+use std::ops::Range;
+
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -18,50 +20,20 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, ExtensionType, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Shape, Slice};
 
-use super::{PackedLayout, nested_layout};
+use super::{Floats, PackedLayout, ScaleKind, nested_layout};
 
 /// The tensors of a packed matrix on a backend.
 #[derive(Clone, Debug, ExtensionType)]
 #[extension_type(fusion: cfg(feature = "cube"))]
 pub struct Primitive<B: Backend> {
-    /// Words of numbers.
+    /// Words of numbers; then those of packed scales.
     pub numbers: IntTensor<B>,
-    /// Value of each number.
-    pub table: FloatTensor<B>,
-    /// Scale of each block.
-    #[extension_type]
-    pub scales: ScalesPrimitive<B>,
+    /// Table, scales, and what else there is.
+    pub floats: FloatTensor<B>,
+    /// How the scales are given.
+    pub scales: ScaleKind,
     /// The shape, and how the numbers lie.
     pub layout: PackedLayout,
-}
-
-/// The scales of a packed matrix on a backend.
-#[derive(Clone, Debug, ExtensionType)]
-#[extension_type(fusion: cfg(feature = "cube"))]
-pub enum ScalesPrimitive<B: Backend> {
-    /// One for each block.
-    Plain {
-        /// `[blocks]`
-        scales: FloatTensor<B>,
-    },
-    /// And a smallest value for each block.
-    Affine {
-        /// `[blocks]`
-        scales: FloatTensor<B>,
-        /// `[blocks]`
-        lows: FloatTensor<B>,
-    },
-    /// Packed in blocks of 256.
-    Nested {
-        /// Words of numbers, four to a word.
-        numbers: IntTensor<B>,
-        /// Value of each number.
-        map: FloatTensor<B>,
-        /// `[blocks / 256]`
-        scales: FloatTensor<B>,
-        /// What is added to each scale.
-        offset: f32,
-    },
 }
 
 /// Products with packed matrices. Each method has a body of Burn's own operations; backends replace what pays.
@@ -73,19 +45,22 @@ pub enum ScalesPrimitive<B: Backend> {
     Autodiff
 )]
 pub trait PackedOps: Backend {
-    /// The dense matrix `[d_out, d_in]` in the type of the table.
-    #[fusion(meta = |packed: &PrimitiveMetadata| TensorSpec::new([packed.layout.d_out, packed.layout.d_in].into(), packed.table.dtype))]
+    /// The dense matrix `[d_out, d_in]` in f32.
+    #[fusion(meta = |packed: &PrimitiveMetadata| TensorSpec::new([packed.layout.d_out, packed.layout.d_in].into(), packed.floats.dtype))]
     fn packed_unpack(#[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
-        let Primitive { numbers, table, scales, layout } = packed;
-        let (scales, lows) = match scales {
-            ScalesPrimitive::Plain { scales } => (scales, None),
-            ScalesPrimitive::Affine { scales, lows } => (scales, Some(lows)),
-            ScalesPrimitive::Nested { numbers, map, scales, offset } => {
-                let scales = values::<Self>(numbers, map, scales, None, nested_layout(layout));
-                (Self::float_add_scalar(scales, offset.into()), None)
-            }
-        };
-        let dense = values::<Self>(numbers, table, scales, lows, layout);
+        let Primitive { numbers, floats, scales, layout } = packed;
+        let places = Floats::of(layout, scales);
+        let part = |place: Range<usize>| Self::float_slice(floats.clone(), &[Slice::from(place)]);
+        let (words, mut each) = (layout.words(), part(places.scales));
+        let words_of = |place: Range<usize>| Self::int_slice(numbers.clone(), &[Slice::from(place)]);
+        if scales == ScaleKind::Nested {
+            let nested = nested_layout(layout);
+            let outer = std::mem::replace(&mut each, part(places.offset));
+            let inner = values::<Self>(words_of(words..words + nested.words()), part(places.map), outer, None, nested);
+            each = Self::float_add(inner, each);
+        }
+        let lows = (scales == ScaleKind::Affine).then(|| part(places.lows));
+        let dense = values::<Self>(words_of(0..words), part(places.table), each, lows, layout);
         Self::float_reshape(dense, Shape::new([layout.d_out, layout.d_in]))
     }
 
@@ -141,7 +116,10 @@ fn values<B: Backend>(
 #[cfg(feature = "ndarray")]
 impl PackedOps for NdArray {}
 
-#[cfg(feature = "flex")]
+#[cfg(all(feature = "flex", target_endian = "big"))]
+impl PackedOps for Flex {}
+
+#[cfg(all(feature = "flex", target_endian = "little"))]
 impl PackedOps for Flex {
     fn packed_unpack(packed: Primitive<Self>) -> FloatTensor<Self> {
         super::native::unpack(&packed)
@@ -189,15 +167,6 @@ impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
 
 /// The tensors without autodiff.
 fn inner<B: Backend, C: CheckpointStrategy>(packed: Primitive<Autodiff<B, C>>) -> Primitive<B> {
-    let Primitive { numbers, table, scales, layout } = packed;
-    let scales = match scales {
-        ScalesPrimitive::Plain { scales } => ScalesPrimitive::Plain { scales: scales.into_primitive() },
-        ScalesPrimitive::Affine { scales, lows } => {
-            ScalesPrimitive::Affine { scales: scales.into_primitive(), lows: lows.into_primitive() }
-        }
-        ScalesPrimitive::Nested { numbers, map, scales, offset } => {
-            ScalesPrimitive::Nested { numbers, map: map.into_primitive(), scales: scales.into_primitive(), offset }
-        }
-    };
-    Primitive { numbers, table: table.into_primitive(), scales, layout }
+    let Primitive { numbers, floats, scales, layout } = packed;
+    Primitive { numbers, floats: floats.into_primitive(), scales, layout }
 }

@@ -132,6 +132,11 @@ impl BlockFormat {
         FORMATS.get(usize::try_from(kind).ok()?)?.as_ref()
     }
 
+    /// Whether blocks hold numbers with scales.
+    pub(super) fn is_packed(&self) -> bool {
+        matches!(self.values, Values::Packed(_))
+    }
+
     /// Unpacks whole blocks on all cores; `None` when the format is not read.
     pub(super) fn decode(&self, packed: &[u8]) -> Option<Vec<f32>> {
         let mut values = vec![0.0; packed.len() / self.bytes * self.elements];
