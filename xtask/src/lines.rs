@@ -1,4 +1,4 @@
-//! `cargo xtask lines`: how long files, methods and functions are, against the budgets that keep the workspace readable.
+//! `cargo xtask lines`: how long files, methods and functions are, against the budgets that keep the workspace readable; and where `unsafe` is.
 //!
 //! Code is what is left without blank lines, comments and what is compiled for tests only. Rust is not parsed: a scan that knows comments,
 //! strings and braces is enough to find functions and test modules in code that rustfmt has formatted.
@@ -25,18 +25,27 @@ const METHOD_BUDGET: usize = 250;
 const FUNCTION_BUDGET: usize = 60;
 /// The crates whose files are methods.
 const METHOD_CRATES: [&str; 4] = ["crates/peft-lora", "crates/peft-adapter", "crates/peft-prompt", "crates/peft-moe"];
+/// The one crate with `unsafe`, and what a file of it says.
+const UNSAFE_CRATE: &str = "peft-kernels";
+const ALLOWS_UNSAFE: &str = "allow(unsafe_code";
 /// What may be over its budget, and why.
 const ALLOWED: &str = "xtask/lines-allow.toml";
 
 /// Runs `lines`.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut allowed = read_allowed(Path::new(ALLOWED))?;
-    let mut breaches = Vec::new();
+    let (mut breaches, mut unsafe_files) = (Vec::new(), Vec::new());
     for package in packages(Path::new("."))? {
         let mut files = Vec::new();
         for path in rust_files(&package)? {
             let text = fs::read_to_string(&path).map_err(|source| Error::io("read", &path, source))?;
             let counted = if path.ends_with("tests.rs") { Counted::tests(&text) } else { Counted::of(&text) };
+            if text.contains(ALLOWS_UNSAFE)
+                && !path.ends_with(file!())
+                && package.file_name() != Some(UNSAFE_CRATE.as_ref())
+            {
+                unsafe_files.push(path.clone());
+            }
             files.push((path, counted));
         }
         print_table(&package, &files);
@@ -44,6 +53,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     breaches.retain(|breach| allowed.remove(&breach.place).is_none());
     let mut problems: Vec<_> = breaches.iter().map(Breach::to_string).collect();
+    problems.extend(unsafe_files.iter().map(|path| format!("{}: `unsafe` outside {UNSAFE_CRATE}", path.display())));
     problems.extend(allowed.keys().map(|place| format!("{place} is within its budget: remove it from {ALLOWED}")));
     for problem in &problems {
         println!("over budget: {problem}");
