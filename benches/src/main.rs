@@ -32,7 +32,7 @@ const VOCAB: usize = 8192;
 const ROUNDS: usize = 3;
 
 /// Sides of each comparison: ours by name, and what `tools/bench_step.py` is told for those of Python.
-const COMPARISONS: [(&str, &[&str], &[(&str, &[&str])]); 2] = [
+const COMPARISONS: [(&str, &[&str], &[PythonSide]); 2] = [
     (
         "step",
         &["activation", "packed", "apply_lora"],
@@ -44,6 +44,9 @@ const COMPARISONS: [(&str, &[&str], &[(&str, &[&str])]); 2] = [
         &[("torch", &["--decode"]), ("torch+bitsandbytes", &["--decode", "--base", "nf4"])],
     ),
 ];
+
+/// A side of Python: its name, and what the script is told.
+type PythonSide = (&'static str, &'static [&'static str]);
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 

@@ -52,7 +52,7 @@ pub struct AdapterFile<M> {
     pub base_model: Option<String>,
     /// `task_type`, for instance `CAUSAL_LM`.
     pub task_type: Option<String>,
-    /// The [`base_fingerprint`](crate::base_fingerprint) of the base without which the adapter means nothing, where that is not the base model
+    /// The [`base_fingerprint`] of the base without which the adapter means nothing, where that is not the base model
     /// as it is published, for instance after `LoftQ`. Whatever loads or fills the adapter then refuses another base.
     pub base_fingerprint: Option<String>,
     /// Tensors by key, without the prefix `base_model.model.`

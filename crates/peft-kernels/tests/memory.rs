@@ -1,5 +1,6 @@
 //! What a training step over packed weights holds in memory, by counting: nothing dense of a weight but a tile.
 #![allow(unsafe_code, reason = "an allocator that counts is an allocator")]
+#![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -7,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::{Peft, Targets, scan};
+use peft_kernels::PackedLayout;
 use peft_lora::LoraConfig;
 use peft_models::config::ModelConfig;
 use peft_models::{CausalLm, Layout as Rows};
@@ -78,8 +80,7 @@ fn a_step_over_packed_weights_holds_nothing_dense_of_them() {
     let start = IN_USE.load(Relaxed);
     LARGEST.store(0, Relaxed);
     let (after_forward, gradients) = step();
-    let (largest, smallest_dense) =
-        (LARGEST.load(Relaxed), 4 * packed.iter().map(|layout| layout.len()).min().unwrap());
+    let (largest, smallest_dense) = (LARGEST.load(Relaxed), 4 * packed.iter().map(PackedLayout::len).min().unwrap());
     println!(
         "largest piece {largest}, smallest dense weight {smallest_dense}, kept for backward {}",
         after_forward - start

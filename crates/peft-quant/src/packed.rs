@@ -192,10 +192,10 @@ impl Packed {
         match &statistics {
             Statistics::Plain(scales) => check_finite(scales)?,
             Statistics::Affine { ranges, lows } => {
-                [ranges, lows].into_iter().try_for_each(|values| check_finite(values))?
+                [ranges, lows].into_iter().try_for_each(|values| check_finite(values))?;
             }
             Statistics::Nested { scales, offset, .. } => {
-                check_finite(scales).and_then(|()| check_finite(&[*offset]))?
+                check_finite(scales).and_then(|()| check_finite(&[*offset]))?;
             }
         }
         if let Some(number) =

@@ -117,7 +117,7 @@ fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
             let (grad, tile) = (&grad[start..], &tile[..count * width]);
             // SAFETY: the columns of `part` are in this part only.
             unsafe {
-                gemm(rows, width, count, target.at(0, part.start), d_in, (grad, d_out, 1), (tile, width, 1), start > 0)
+                gemm(rows, width, count, target.at(0, part.start), d_in, (grad, d_out, 1), (tile, width, 1), start > 0);
             };
         }
     });
