@@ -17,12 +17,22 @@ type ModelCheck = Box<dyn Fn(&Device) -> Outcome>;
 
 /// The checks by name.
 pub(crate) fn checks() -> Vec<(String, ModelCheck)> {
-    const MODELS: [&str; 6] = ["llama", "qwen2", "qwen3", "gpt2", "mistral_sliding", "llama3_rope"];
+    const MODELS: [&str; 8] = [
+        "models/llama",
+        "models/qwen2",
+        "models/qwen3",
+        "models/gpt2",
+        "models/mistral_sliding",
+        "models/llama3_rope",
+        "bnb/llama_nf4",
+        "bnb/gpt2_nf4",
+    ];
     const ADAPTERS: [(&str, &str); 4] =
         [("llama", "plain"), ("llama", "rslora"), ("llama", "embedding"), ("gpt2", "plain")];
     let mut checks: Vec<(String, ModelCheck)> = Vec::new();
     for name in MODELS {
-        checks.push((format!("golden {name}"), Box::new(move |device| golden_model(name, device))));
+        let short = name.trim_start_matches("models/").replace('/', " ");
+        checks.push((format!("golden {short}"), Box::new(move |device| golden_model(name, device))));
     }
     for (base, name) in ADAPTERS {
         checks.push((format!("golden lora {base} {name}"), Box::new(move |device| golden_adapter(base, name, device))));
@@ -36,7 +46,7 @@ fn testdata(path: impl AsRef<Path>) -> PathBuf {
 }
 
 fn model(name: &str, device: &Device) -> Result<CausalLm, Failure> {
-    Ok(Pretrained::load(&ModelSource::Dir(testdata("models").join(name)), device)?.model)
+    Ok(Pretrained::load(&ModelSource::Dir(testdata(name)), device)?.model)
 }
 
 /// Logits of `model` against those in `dir`.
@@ -46,15 +56,15 @@ fn golden(model: &CausalLm, dir: &Path, device: &Device) -> Outcome {
     Ok(Finding::Measured { deviation: difference(&read(model.forward(ids))?, &golden.logits), bound: BOUND })
 }
 
-/// Logits are those of `transformers`.
+/// Logits are those of `transformers`, and of bitsandbytes where the model is packed.
 fn golden_model(name: &str, device: &Device) -> Outcome {
-    golden(&model(name, device)?, &testdata("models").join(name), device)
+    golden(&model(name, device)?, &testdata(name), device)
 }
 
 /// Logits with an adapter are those of Hugging Face PEFT.
 fn golden_adapter(base: &str, name: &str, device: &Device) -> Outcome {
     let dir = testdata("lora").join(base).join(name);
-    let (model, _) = load_adapter::<_, LoraConfig>(model(base, device)?, &dir)?;
+    let (model, _) = load_adapter::<_, LoraConfig>(model(&format!("models/{base}"), device)?, &dir)?;
     golden(&model, &dir, device)
 }
 
@@ -67,7 +77,7 @@ fn training(device: &Device) -> Outcome {
 fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
     let device = device.clone().autodiff();
     let method = LoraConfig::new(4, Targets::modules(["q_proj", "v_proj"])).with_alpha(8.0);
-    let model = model("llama", &device)?.attach(&method)?;
+    let model = model("models/llama", &device)?.attach(&method)?;
     let golden = Golden::read(&testdata("models/llama/logits.safetensors"))?;
     let ids = golden.tokens.into_iter().map(u32::try_from).collect::<Result<Vec<_>, _>>()?;
     let sample = |row: &[u32]| Sample::new(row.to_vec(), vec![true; row.len()]);
