@@ -89,6 +89,8 @@ impl<M: Method> Adaptation for M {
 struct LoftQ {
     lora: LoraConfig,
     quantization: Quantization,
+    /// How the model is loaded, before it is packed.
+    stored: Packing,
 }
 
 impl Adaptation for LoftQ {
@@ -113,7 +115,7 @@ impl Adaptation for LoftQ {
     }
 
     fn packing(&self, _asked: Packing) -> Packing {
-        Packing::AsStored
+        self.stored.clone()
     }
 }
 
@@ -183,8 +185,11 @@ fn merge_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
 }
 
 fn loftq(settings: &Settings) -> Result<LoftQ> {
+    let stored = if settings.packing.unpack { Packing::Dense } else { Packing::AsStored };
     match settings.packing.packing()? {
-        Packing::Quantize(quantization) => Ok(LoftQ { lora: lora(settings)?, quantization }),
+        Packing::Quantize(quantization) | Packing::Requantize(quantization) => {
+            Ok(LoftQ { lora: lora(settings)?, quantization, stored })
+        }
         Packing::AsStored | Packing::Dense => {
             Err(Error::usage("--init loftq: there is nothing to make up for without --quantize", "--quantize nf4"))
         }

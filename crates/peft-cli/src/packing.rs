@@ -65,7 +65,7 @@ pub struct PackingArgs {
     #[arg(long, help_heading = "Packed weights", value_name = "NAME=TYPE")]
     #[serde(deserialize_with = "one_or_many")]
     pub quantize_pattern: Vec<String>,
-    /// Unpack layers that are stored packed
+    /// Unpack layers that are stored packed; with --quantize they are packed anew, and lose once more
     #[arg(long, default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set, hide_possible_values = true, help_heading = "Packed weights")]
     pub unpack: bool,
 }
@@ -87,10 +87,10 @@ impl PackingArgs {
     /// What the loader is told.
     ///
     /// # Errors
-    /// When the flags contradict each other or name what does not exist.
+    /// When a flag names what does not exist.
     pub fn packing(&self) -> Result<Packing> {
         match (self.quantize, self.unpack) {
-            (Some(_), true) => Err(Error::usage("--quantize and --unpack are both given", "give one of them")),
+            (Some(kind), true) => self.quantization(kind).map(Packing::Requantize),
             (None, true) => Ok(Packing::Dense),
             (None, false) => Ok(Packing::AsStored),
             (Some(kind), false) => self.quantization(kind).map(Packing::Quantize),
@@ -100,10 +100,13 @@ impl PackingArgs {
     /// These flags again, each with a blank before it, as far as they were given: for a command that must see the same weights.
     pub fn flags(&self) -> String {
         let Some(kind) = self.quantize else {
-            return if self.unpack { " --unpack".to_owned() } else { String::new() };
+            return if self.unpack { " --unpack=true".to_owned() } else { String::new() };
         };
         let usual = Self::default();
         let mut flags = format!(" --quantize {}", kind.code().name());
+        if self.unpack {
+            flags += " --unpack=true";
+        }
         if self.quantize_block != usual.quantize_block {
             flags += &format!(" --quantize-block {}", self.quantize_block);
         }

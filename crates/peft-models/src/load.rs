@@ -23,6 +23,8 @@ pub enum Packing {
     Dense,
     /// As stored where the file holds them packed; others are packed while they are read, so that the dense model never exists.
     Quantize(Quantization),
+    /// All packed while they are read; those that the file holds packed are unpacked first, and lose once more.
+    Requantize(Quantization),
 }
 
 /// Puts `weights` into `module`: any Burn module whose paths are the names of `transformers`.
@@ -74,10 +76,11 @@ impl Source<'_> {
         if site.kind == LayerKind::Embedding || *packing == Packing::Dense {
             return Ok(None);
         }
-        if let Some(stored) = weights.packed(self.info)? {
+        let as_stored = matches!(packing, Packing::AsStored | Packing::Quantize(_));
+        if let Some(stored) = if as_stored { weights.packed(self.info)? } else { None } {
             return Ok(Some(stored));
         }
-        let Packing::Quantize(quantization) = packing else { return Ok(None) };
+        let (Packing::Quantize(quantization) | Packing::Requantize(quantization)) = packing else { return Ok(None) };
         let Some(format) = quantization.format_of(site)? else { return Ok(None) };
         let values = weights.read(self.info)?;
         // The rows of a linear layer are what its file holds; GPT-2's layers are stored the other way.

@@ -68,8 +68,12 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let keys = adapted_keys(&args.adapter)?;
     let packing = args.packing.packing()?;
     let (loaded, quantization) = match (&packing, args.into) {
-        (Packing::Quantize(quantization), Into::Original) => (Packing::Dense, Some(quantization)),
-        (Packing::Quantize(quantization), Into::Unpacked) => (packing.clone(), Some(quantization)),
+        (Packing::Quantize(quantization) | Packing::Requantize(quantization), Into::Original) => {
+            (Packing::Dense, Some(quantization))
+        }
+        (Packing::Quantize(quantization) | Packing::Requantize(quantization), Into::Unpacked) => {
+            (packing.clone(), Some(quantization))
+        }
         (Packing::AsStored | Packing::Dense, _) => (packing.clone(), None),
     };
     let mut pretrained = load(&args.model, &loaded, &device)?;
