@@ -117,4 +117,6 @@ fn packing_refuses_what_makes_no_sense() {
         assert!(found == code && stderr.contains(said), "peft {}: {found}, {stderr}", args.join(" "));
     }
     assert!(!Path::new(&again).exists(), "a refused command wrote something");
+    let (_, stderr) = refused(&strs(&shop.train("none", &["--quantize", "nf4", "--modules-to-save", "down_proj"])));
+    assert!(stderr.contains("down_proj: the weight is packed"), "{stderr}");
 }
