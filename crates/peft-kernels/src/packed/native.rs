@@ -75,11 +75,12 @@ fn cast(tensor: FlexTensor, dtype: DType) -> FlexTensor {
 fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
+    let x = view.arranged(x);
     each_part(d_out, view.layout(), |part| {
         let mut room = vec![0.0; d_in];
         for o in part {
             // SAFETY: `o` is in this part only, and both are in range.
-            view.products(o, x, &mut room, |row, sum| unsafe { target.at(row, o).write(sum) });
+            view.products(o, &x, &mut room, |row, sum| unsafe { target.at(row, o).write(sum) });
         }
     });
 }

@@ -1,6 +1,8 @@
 //! Unpacking on the CPU: a run of values at a time, so that a thread needs room for one tile only.
 #![allow(unsafe_code, reason = "vector instructions that the processor is asked for before")]
 
+use std::borrow::Cow;
+
 use super::{NESTED_BLOCK, PackedLayout};
 
 /// A packed matrix in memory.
@@ -95,7 +97,16 @@ impl<'a> View<'a> {
         }
     }
 
-    /// `Σ x·W[o, :]` of each of the rows `x`, given to `out`; `room` holds a row of the weight.
+    /// The rows of `x` in the order in which [`products`](Self::products) wants their values.
+    pub(super) fn arranged<'x>(&self, x: &'x [f32]) -> Cow<'x, [f32]> {
+        #[cfg(target_arch = "x86_64")]
+        if self.takes_avx2() {
+            return Cow::Owned(avx2::arranged(x));
+        }
+        Cow::Borrowed(x)
+    }
+
+    /// `Σ x·W[o, :]` of each of the rows `x`, which were [`arranged`](Self::arranged), given to `out`; `room` holds a row of the weight.
     pub(super) fn products(&self, o: usize, x: &[f32], room: &mut [f32], mut out: impl FnMut(usize, f32)) {
         let d_in = self.layout.d_in;
         let rows = x.chunks_exact(d_in.max(1)).enumerate();
@@ -236,7 +247,13 @@ mod avx2 {
         count
     }
 
-    /// `x·W[o, :]`, nothing of which is ever stored.
+    /// Each step of `x` in the order of the values that [`Planes::look_up`] gives.
+    pub(super) fn arranged(x: &[f32]) -> Vec<f32> {
+        let steps = x.as_chunks::<STEP>().0.iter();
+        steps.flat_map(|step| (0..STEP).map(|at| step[at / 8 * 4 + at % 4 + at / 4 % 2 * (STEP / 2)])).collect()
+    }
+
+    /// `x·W[o, :]`, nothing of which is ever stored; `x` is [`arranged`].
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn product(view: &View<'_>, o: usize, x: &[f32]) -> f32 {
         let (block, d_in) = (view.layout.block, view.layout.d_in);
@@ -248,9 +265,8 @@ mod avx2 {
             let mut sums = [_mm256_setzero_ps(); 4];
             for (x, step) in x.as_chunks::<STEP>().0.iter().zip(bytes.as_chunks().0) {
                 for (at, (sum, values)) in sums.iter_mut().zip(planes.look_up(step)).enumerate() {
-                    let x = x.as_ptr().wrapping_add(4 * at);
-                    // SAFETY: a step has 32 values: sixteen, and sixteen.
-                    let x = unsafe { _mm256_set_m128(_mm_loadu_ps(x.add(STEP / 2)), _mm_loadu_ps(x)) };
+                    // SAFETY: a step has four times eight values.
+                    let x = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * at)) };
                     *sum = _mm256_fmadd_ps(x, values, *sum);
                 }
             }
