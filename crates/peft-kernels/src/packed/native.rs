@@ -17,7 +17,7 @@ const TILE: usize = 64 * 1024;
 const FEW_ROWS: usize = 4;
 
 /// Values below which a product is not shared between threads.
-const SHARED_FROM: usize = 1 << 17;
+const SHARED_FROM: usize = 1 << 18;
 
 /// The dense matrix `[d_out, d_in]`.
 pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
@@ -129,7 +129,13 @@ fn each_part(columns: usize, layout: PackedLayout, work: impl Fn(std::ops::Range
     let parts = if layout.len() < SHARED_FROM { 1 } else { rayon::current_num_threads() };
     // Whole vectors for each thread, as long as there are enough columns.
     let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
-    (0..columns.div_ceil(size)).into_par_iter().for_each(|part| work(part * size..((part + 1) * size).min(columns)));
+    let part = |at: usize| at * size..((at + 1) * size).min(columns);
+    let work = &work;
+    // This thread has a part too, and begins at once: decoding a token, waking another takes as long as a small product.
+    rayon::in_place_scope(|scope| {
+        (1..columns.div_ceil(size)).for_each(|at| scope.spawn(move |_| work(part(at))));
+        work(part(0));
+    });
 }
 
 /// Where the threads write: each to other columns of a matrix.
