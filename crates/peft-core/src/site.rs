@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{
-    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
-    Reparameterization as _,
-};
+use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization as _};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_kernels::PackedLayout;
 use rand::{Rng, SeedableRng};
@@ -100,48 +97,7 @@ pub struct AdapterAware;
 
 const AWARE: &str = "AdapterAware";
 
-impl Module for AdapterAware {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        visitor.enter_module("", AWARE);
-        visitor.exit_module("", AWARE);
-    }
-
-    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
-        self
-    }
-
-    fn to_device(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn fork(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        devices
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        *self
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-}
-
-impl ModuleDisplayDefault for AdapterAware {
-    fn content(&self, content: Content) -> Option<Content> {
-        content.add_formatted(&AWARE).optional()
-    }
-}
-
-impl ModuleDisplay for AdapterAware {}
+peft_kernels::marker_module!(AdapterAware, |_aware| AWARE);
 
 /// Everything that attaching needs to know of a model.
 #[derive(Debug, Default)]

@@ -18,9 +18,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use burn::backend::Dispatch;
-use burn::module::{
-    Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param, ParamId,
-};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 pub use ops::{PackedOps, Primitive};
@@ -30,7 +28,7 @@ pub(crate) const NESTED_BLOCK: usize = 256;
 
 /// Shape of a packed matrix, and how its numbers lie.
 ///
-/// In a [`PackedMatrix`] it is a field that says to every [`ModuleVisitor`] which matrix the parameters beside it stand for: it enters a
+/// In a [`PackedMatrix`] it is a field that says to every [`ModuleVisitor`](burn::module::ModuleVisitor) which matrix the parameters beside it stand for: it enters a
 /// container whose name [`PackedLayout::announced`] reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PackedLayout {
@@ -68,7 +66,7 @@ impl PackedLayout {
         (self.blocks() * self.block).div_ceil(32 / self.bits)
     }
 
-    /// The layout that a [`ModuleVisitor`] was told by entering `container`.
+    /// The layout that a visitor was told by entering `container`.
     pub fn announced(container: &str) -> Option<Self> {
         let mut numbers = container.strip_prefix(ANNOUNCED)?.split(' ').map(str::parse);
         let mut next = || numbers.next()?.ok();
@@ -78,50 +76,10 @@ impl PackedLayout {
 
 const ANNOUNCED: &str = "Packed:";
 
-impl Module for PackedLayout {
-    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        let Self { d_out, d_in, bits, block } = self;
-        let container = format!("{ANNOUNCED}{d_out} {d_in} {bits} {block}");
-        visitor.enter_module("", &container);
-        visitor.exit_module("", &container);
-    }
-
-    fn map<M: ModuleMapper>(self, _mapper: &mut M) -> Self {
-        self
-    }
-
-    fn to_device(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn fork(self, _device: &Device) -> Self {
-        self
-    }
-
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        devices
-    }
-
-    fn materialize(self) -> Self {
-        self
-    }
-
-    fn valid(&self) -> Self {
-        *self
-    }
-
-    fn train(self) -> Self {
-        self
-    }
-}
-
-impl ModuleDisplayDefault for PackedLayout {
-    fn content(&self, content: Content) -> Option<Content> {
-        content.add_formatted(&format!("{self:?}")).optional()
-    }
-}
-
-impl ModuleDisplay for PackedLayout {}
+crate::marker_module!(PackedLayout, |layout| {
+    let PackedLayout { d_out, d_in, bits, block } = layout;
+    format!("{ANNOUNCED}{d_out} {d_in} {bits} {block}")
+});
 
 /// A packed matrix in memory, as files hold it.
 #[derive(Clone, Debug, PartialEq)]

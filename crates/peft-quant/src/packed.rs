@@ -415,6 +415,9 @@ mod tests {
         assert!(
             again(91, &packed.codes()[1..]).unwrap_err().to_string().contains("bytes of codes: expected 46, found 45")
         );
+        // A block beyond the end of the weight, as a file may claim, takes no room.
+        let huge = Packed::from_parts(Code::Int8, 1 << 40, 4, vec![0; 4], Statistics::Plain(vec![1.0])).unwrap();
+        assert_eq!(huge.into_matrix([2, 2]).unwrap().layout.block, 4);
         let short = Statistics::Plain(vec![1.0]);
         assert!(Packed::from_parts(Code::Nf4, 32, 91, packed.codes().to_vec(), short).is_err());
     }

@@ -89,6 +89,10 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let sites = scan(&model).sites.into_iter().filter(|site| site.packed.is_some());
     let unpacked: BTreeSet<String> = sites.map(|site| format!("{}.weight", site.path)).collect();
+    if args.into == Into::Unpacked && unpacked.is_empty() {
+        let what = format!("--into unpacked: no weight of {} is packed", args.model);
+        return Err(Error::usage(what, "--quantize with the type that the adapter was trained over"));
+    }
     pretrained.model = method.merge(model, &args.adapter)?;
     if untied {
         pretrained.files.config["tie_word_embeddings"] = Value::Bool(false);

@@ -63,9 +63,10 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
 
     let mut pretrained = model::load(settings.model()?, &method.packing(settings.packing.packing()?), &device)?;
     check_targets(&pretrained.model, method.as_ref())?;
-    let base = model::for_targets(pretrained.model.clone(), method.targets())?;
-    let adapted = method.attach(base, settings.seed)?;
-    pretrained.model = pretrained.model.valid();
+    let total = pretrained.model.trainable().total;
+    let adapted = method.attach(model::for_targets(pretrained.model, method.targets())?, settings.seed)?;
+    // It shares all that is frozen. What was loaded goes: it may be dense where this is packed.
+    pretrained.model = adapted.valid();
     let reading = Reading {
         train_on_prompt: settings.train_on_prompt,
         batch_size: settings.batch_size,
@@ -79,16 +80,12 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let family = model::architecture(&pretrained.files.config);
     screen.field(
         "model",
-        format_args!(
-            "{}: {family}, {} parameters, on {name}",
-            pretrained.files.name,
-            thousands(pretrained.model.trainable().total)
-        ),
+        format_args!("{}: {family}, {} parameters, on {name}", pretrained.files.name, thousands(total)),
     )?;
     let packed = scan(&pretrained.model).sites.iter().filter(|site| site.packed.is_some()).count();
     if packed > 0 {
-        let size = bytes(pretrained.model.trainable().total_bytes as u64);
-        screen.field("", format_args!("{packed} layers packed; the model takes {size} in memory"))?;
+        let size = bytes((parameters.total_bytes - parameters.trainable_bytes) as u64);
+        screen.field("", format_args!("{packed} layers packed; what is frozen takes {size} in memory"))?;
     }
     screen.field(
         "adapter",

@@ -116,6 +116,11 @@ fn packing_refuses_what_makes_no_sense() {
         let (found, stderr) = refused(&args);
         assert!(found == code && stderr.contains(said), "peft {}: {found}, {stderr}", args.join(" "));
     }
+    json_of(&strs(&shop.train("adapter", &["--steps", "1"])));
+    let adapter = shop.path("adapter");
+    let (code, stderr) =
+        refused(&["merge", "--model", &model, "--adapter", &adapter, "--out", &again, "--into", "unpacked"]);
+    assert!(code == 2 && stderr.contains("--into unpacked: no weight"), "{stderr}");
     assert!(!Path::new(&again).exists(), "a refused command wrote something");
     let (_, stderr) = refused(&strs(&shop.train("none", &["--quantize", "nf4", "--modules-to-save", "down_proj"])));
     assert!(stderr.contains("down_proj: the weight is packed"), "{stderr}");

@@ -154,7 +154,8 @@ impl PackedOps for CubeBackend {
         if packed.takes_few_rows(&x) {
             packed.few_rows(x)
         } else {
-            Self::float_matmul(x.clone(), transposed(packed.unpack(x.dtype)))
+            let weight = packed.unpack(x.dtype);
+            Self::float_matmul(x, Self::float_swap_dims(weight, 0, 1))
         }
     }
 
@@ -164,10 +165,6 @@ impl PackedOps for CubeBackend {
     }
 }
 
-fn transposed(weight: CubeTensor) -> CubeTensor {
-    CubeBackend::float_swap_dims(weight, 0, 1)
-}
-
 /// A packed matrix with a scale in f32 for each block: packed scales are unpacked, which takes a fraction of the matrix.
 struct Flat {
     numbers: CubeTensor,
@@ -175,8 +172,7 @@ struct Flat {
     scales: CubeTensor,
     layout: PackedLayout,
     places: Places,
-    affine: bool,
-    offset: bool,
+    kind: Kind,
 }
 
 impl Flat {
@@ -192,14 +188,13 @@ impl Flat {
             lows: start(found.lows),
             offset: start(found.offset),
         };
-        let flat = |scales, layout, places, affine, offset| Self {
+        let flat = |scales, layout: PackedLayout, places, affine, offset| Self {
             numbers: numbers.clone(),
             floats: floats.clone(),
             scales,
             layout,
             places,
-            affine,
-            offset,
+            kind: Kind { bits: layout.bits, block: layout.block, affine, offset },
         };
         match scales {
             ScaleKind::Plain => flat(floats.clone(), layout, places, false, false),
@@ -212,14 +207,9 @@ impl Flat {
         }
     }
 
-    fn kind(&self) -> Kind {
-        let PackedLayout { bits, block, .. } = self.layout;
-        Kind { bits, block, affine: self.affine, offset: self.offset }
-    }
-
     /// The dense matrix in that type.
     fn unpack(self, dtype: DType) -> CubeTensor {
-        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
+        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind, self.layout);
         let client = self.numbers.client.clone();
         // A backend may pad rows unless it is told not to, and the kernel counts without.
         let output = empty_device_contiguous_dtype(
@@ -253,7 +243,7 @@ impl Flat {
     }
 
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
-        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind(), self.layout);
+        let (kind, PackedLayout { d_out, d_in, .. }) = (self.kind, self.layout);
         let (rows, dtype, client) = (x.meta.shape()[0], x.dtype, x.client.clone());
         let output = empty_device_contiguous_dtype(client.clone(), x.device.clone(), Shape::new([rows, d_out]), dtype);
         few_rows_kernel::launch(

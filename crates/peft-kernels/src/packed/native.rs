@@ -34,15 +34,8 @@ pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
 /// `x·Wᵀ`.
 pub(super) fn linear(x: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     let PackedLayout { d_out, d_in, .. } = packed.layout;
-    multiply(
-        x,
-        packed,
-        d_in,
-        d_out,
-        |x, rows, view, out| {
-            if rows <= FEW_ROWS { few_rows(x, view, out) } else { tiles(x, rows, view, out) }
-        },
-    )
+    let product = if x.layout().shape()[0] <= FEW_ROWS { few_rows } else { tiles };
+    multiply(x, packed, d_in, d_out, product)
 }
 
 /// `dy·W`.
@@ -72,7 +65,7 @@ fn cast(tensor: FlexTensor, dtype: DType) -> FlexTensor {
 }
 
 /// Each row of the weight against the few rows of `x`.
-fn few_rows(x: &[f32], view: &View<'_>, out: &mut [f32]) {
+fn few_rows(x: &[f32], _rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let x = view.arranged(x);

@@ -4,12 +4,12 @@
     allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")
 )]
 
+use std::ops::Range;
+
 #[cfg(feature = "flex")]
 use burn::backend::Flex;
 #[cfg(feature = "ndarray")]
 use burn::backend::NdArray;
-use std::ops::Range;
-
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
