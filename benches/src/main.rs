@@ -152,13 +152,12 @@ fn train(mut model: CausalLm, steps: usize) -> Vec<f64> {
     let mut optim = AdamWConfig::new().init();
     let tokens: Vec<i64> = (0..BATCH * (SEQ + 1)).map(|i| (i * 2_654_435_761 % VOCAB) as i64).collect();
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [BATCH, SEQ + 1]), &Device::flex());
-    let (ids, targets) = (tokens.clone().narrow(1, 0, SEQ), tokens.narrow(1, 1, SEQ).reshape([BATCH * SEQ, 1]));
+    let (ids, targets) = (tokens.clone().narrow(1, 0, SEQ), tokens.narrow(1, 1, SEQ).reshape([BATCH * SEQ]));
     let mut seconds = Vec::new();
     for _ in 0..steps + 2 {
         let started = Instant::now();
-        let logits = model.head(model.hidden(ids.clone(), Layout::Rows, None).flatten(0, 1));
-        let shifted = logits.clone() - logits.detach().max_dim(1);
-        let loss = (shifted.clone().exp().sum_dim(1).log() - shifted.gather(1, targets.clone())).mean();
+        let loss =
+            model.scores(model.hidden(ids.clone(), Layout::Rows, None).flatten(0, 1), targets.clone()).losses.mean();
         let grads = GradientsParams::from_grads(loss.backward(), &model);
         model = optim.step(1e-4, model, grads);
         seconds.push(started.elapsed().as_secs_f64());

@@ -6,6 +6,7 @@ use std::sync::RwLock;
 use burn::module::Param;
 use burn::nn::{Embedding, Linear};
 use burn::tensor::{Int, Tensor};
+use peft_kernels::{Scores, Weight};
 
 use crate::{Method, Quantized};
 
@@ -37,6 +38,21 @@ impl<'a> Base<'a> {
             return burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val));
         };
         let y = quantized.packed().linear(x);
+        match self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+
+    /// `x·W + b + scale·(x·A)·B`, without anything dense beside what goes in and out: [`peft_kernels::low_rank_linear`].
+    pub fn low_rank(&self, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64) -> Tensor<2> {
+        let dense = self.weight.base();
+        let weight = self.quantized().map_or(Weight::Dense(&dense), |quantized| Weight::Packed(quantized.packed()));
+        if x.dtype() != a.dtype() || dense.dtype() != a.dtype() || dense.is_require_grad() {
+            let (y, dtype) = (self.linear(x.clone()), x.dtype());
+            return y + (x.cast(a.dtype()).matmul(a) * scale).matmul(b).cast(dtype);
+        }
+        let y = peft_kernels::low_rank_linear(x, weight, a, b, scale);
         match self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
@@ -101,6 +117,20 @@ pub fn linear_with<const D: usize>(
     let y = forward(x.reshape([rows, d_in])); // [rows, d_out]
     dims[D - 1] = y.dims()[1];
     y.reshape(dims)
+}
+
+/// A bias-free output head through the activation seam, and the cross-entropy of its logits with targets; where the head is neither adapted nor packed, the
+/// logits of all tokens never exist at once: [`peft_kernels::linear_cross_entropy`].
+///
+/// # Shapes
+/// `x`: `[tokens, d_in]`; `targets`: `[tokens]`, negative ones are left out
+pub fn cross_entropy(head: &Linear, x: Tensor<2>, targets: Tensor<1, Int>, smoothing: f64) -> Scores {
+    let base = Base { weight: &head.weight, bias: head.bias.as_ref() };
+    if base.adapter().is_none() && base.quantized().is_none() && head.bias.is_none() {
+        peft_kernels::linear_cross_entropy(x, head.weight.val(), targets, smoothing)
+    } else {
+        peft_kernels::cross_entropy(linear(head, x), targets, smoothing)
+    }
 }
 
 /// An embedding layer through the activation seam: `layer.forward(ids)`, but an attached adapter is computed on the looked-up rows.

@@ -4,7 +4,27 @@
 //! - [`marker_module`]: fields that say something to visitors.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 
-mod marker;
-mod packed;
+#![cfg_attr(
+    feature = "ndarray",
+    allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")
+)]
 
+mod activate;
+mod attention;
+mod cross_entropy;
+mod formula;
+mod host;
+mod low_rank;
+mod marker;
+mod norm;
+mod packed;
+mod record;
+mod rope;
+
+pub use activate::{ActivateOps, Nonlinearity, activate, gated};
+pub use attention::{AttentionOps, Segments, Sight, attention};
+pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
+pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
+pub use norm::{Norm, NormOps, layer_norm, rms_norm};
 pub use packed::{BlockScales, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScaleKind};
+pub use rope::{RopeOps, Turn, rope};

@@ -21,6 +21,7 @@ use burn::backend::Dispatch;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+pub(crate) use ops::without_autodiff;
 pub use ops::{PackedOps, Primitive};
 
 /// Values of a block of packed scales.
@@ -287,7 +288,7 @@ impl PackedMatrix {
         Tensor::from_dispatch(<Dispatch as PackedOps>::packed_unpack(self.primitive()))
     }
 
-    fn primitive(&self) -> Primitive<Dispatch> {
+    pub(crate) fn primitive(&self) -> Primitive<Dispatch> {
         // Constants of every graph, whatever device the model was moved to.
         Primitive {
             numbers: self.numbers.val().without_autodiff().into_dispatch(),

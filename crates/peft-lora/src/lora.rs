@@ -316,16 +316,21 @@ impl Reparameterization for LoraAdapter {
 
 impl Activation for LoraAdapter {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2> {
-        let y = base.linear(x.clone());
-        let a = self.a.val();
-        let x = self.dropout.forward(x.cast(a.dtype()));
-        // The scale goes where the tensor is smallest: [rows, rank].
-        let mut delta = (x.matmul(a) * self.scale).matmul(self.b.val()); // [rows, d_out]
-        if let Some(bias) = &self.bias {
-            delta = delta + (bias.val() * self.scale).unsqueeze();
+        let (a, b) = (self.a.val(), self.b.val());
+        let y = if self.dropout.prob > 0.0 && x.device().is_autodiff() {
+            let (y, dtype) = (base.linear(x.clone()), x.dtype());
+            let dropped = self.dropout.forward(x.cast(a.dtype()));
+            y + (dropped.matmul(a) * self.scale).matmul(b).cast(dtype)
+        } else {
+            base.low_rank(x, a, b, self.scale)
+        };
+        match &self.bias {
+            Some(bias) => {
+                let dtype = y.dtype();
+                y + (bias.val() * self.scale).cast(dtype).unsqueeze()
+            }
+            None => y,
         }
-        let dtype = y.dtype();
-        y + delta.cast(dtype)
     }
 
     fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {

@@ -1,7 +1,7 @@
-//! Causal attention over grouped heads, with a key-value cache, packed rows and sliding windows; and the rotary embedding.
+//! What the blocks of a pass share: where each token is and what it sees; and the cache of keys and values.
 
-use burn::tensor::activation::softmax;
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::kernels::{Sight, attention, rope};
 
 use crate::config::{Rope, RopeScaling};
 
@@ -23,11 +23,10 @@ pub enum Layout<'a> {
 /// What every block of one forward pass shares.
 #[derive(Clone, Debug)]
 pub(crate) struct Pass {
-    /// `[1 or batch, 1, seq, head_dim / 2]`
-    cos: Tensor<4>,
-    sin: Tensor<4>,
-    /// For blocks that see everything, and for blocks with a window.
-    masks: Vec<(Option<usize>, Option<Tensor<4, Bool>>)>,
+    /// `[1 or batch, seq, 1, head_dim]`: cosines of the pairs, then their sines; nothing without a rotary embedding.
+    angles: Option<Tensor<4>>,
+    /// `[batch, seq]`, where rows hold several sequences.
+    segments: Option<Tensor<2, Int>>,
 }
 
 impl Pass {
@@ -37,7 +36,6 @@ impl Pass {
         past: usize,
         seq: usize,
         rope: Option<(&Rope, usize)>,
-        windows: &[Option<usize>],
         device: &Device,
     ) -> Self {
         let device = &device.clone().without_autodiff();
@@ -46,35 +44,52 @@ impl Pass {
             Layout::Rows => std::slice::from_ref(&plain),
             Layout::Packed { positions, .. } => positions,
         };
-        let frequencies = rope.map(|(rope, head_dim)| rope.frequencies(head_dim)).unwrap_or_default();
-        let angles = || rows.iter().flatten().flat_map(|p| frequencies.iter().map(move |f| f64::from(*p) * f));
-        let shape = [rows.len(), 1, seq, frequencies.len()];
-        let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, shape), device);
-        let mut masks: Vec<(Option<usize>, Option<Tensor<4, Bool>>)> = Vec::new();
-        for window in windows {
-            if masks.iter().all(|(w, _)| w != window) {
-                masks.push((*window, mask(layout, past, seq, *window, device)));
+        let angles = rope.map(|(rope, head_dim)| {
+            let frequencies = rope.frequencies(head_dim);
+            let turns = |position: u32| frequencies.iter().map(move |f| f64::from(position) * f);
+            let values = rows.iter().flatten().flat_map(|position| {
+                turns(*position).map(f64::cos).chain(turns(*position).map(f64::sin)).map(|value| value as f32)
+            });
+            let data = TensorData::new(values.collect::<Vec<f32>>(), [rows.len(), seq, 1, head_dim]);
+            Tensor::from_data(data, device)
+        });
+        let segments = match layout {
+            Layout::Rows => None,
+            Layout::Packed { segments, .. } => {
+                let values: Vec<i64> = segments.iter().flatten().map(|segment| i64::from(*segment)).collect();
+                Some(Tensor::from_data(TensorData::new(values, [segments.len(), seq]), device))
             }
-        }
-        Self {
-            cos: table(angles().map(|a| a.cos() as f32).collect()),
-            sin: table(angles().map(|a| a.sin() as f32).collect()),
-            masks,
-        }
+        };
+        Self { angles, segments }
     }
 
-    /// Turns each half-split pair of `x` `[batch, heads, seq, head_dim]` by its angle.
+    /// Turns each half-split pair of `x` `[batch, seq, heads, head_dim]` by the angle of its position.
     pub(crate) fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
-        let [_, _, _, head_dim] = x.dims();
-        let half = head_dim / 2;
-        let (left, right) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
-        let dtype = left.dtype();
-        let (cos, sin) = (self.cos.clone().cast(dtype), self.sin.clone().cast(dtype));
-        Tensor::cat(vec![left.clone() * cos.clone() - right.clone() * sin.clone(), right * cos + left * sin], 3)
+        match &self.angles {
+            Some(angles) => rope(x, angles.clone()),
+            None => x,
+        }
     }
 
-    fn mask(&self, window: Option<usize>) -> Option<Tensor<4, Bool>> {
-        self.masks.iter().find(|(w, _)| *w == window).and_then(|(_, mask)| mask.clone())
+    /// Causal attention of the new tokens, after those in the cache.
+    ///
+    /// # Shapes
+    /// `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`; result `[batch, seq, heads · head_dim]`.
+    pub(crate) fn attend(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        window: Option<usize>,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
+        let (k, v) = match cache {
+            Some((cache, block)) => cache.extend(block, k, v),
+            None => (k, v),
+        };
+        let scale = (q.dims()[3] as f64).sqrt().recip();
+        let sight = Sight { causal: true, window, prefix: 0 };
+        attention(q, k, v, self.segments.clone(), sight, scale).flatten(2, 3)
     }
 }
 
@@ -103,30 +118,6 @@ impl Rope {
     }
 }
 
-/// `[1 or batch, 1, seq, past + seq]`, true where a token must not look; `None` when every token may look at everything.
-fn mask(
-    layout: Layout<'_>,
-    past: usize,
-    seq: usize,
-    window: Option<usize>,
-    device: &Device,
-) -> Option<Tensor<4, Bool>> {
-    let total = past + seq;
-    let hidden = |i: usize, j: usize| j > i + past || window.is_some_and(|w| i + past >= w + j);
-    let (rows, values): (usize, Vec<bool>) = match layout {
-        Layout::Rows if seq == 1 && window.is_none() => return None,
-        Layout::Rows => (1, (0..seq).flat_map(|i| (0..total).map(move |j| hidden(i, j))).collect()),
-        Layout::Packed { segments, .. } => (
-            segments.len(),
-            segments
-                .iter()
-                .flat_map(|s| (0..seq).flat_map(move |i| (0..seq).map(move |j| hidden(i, j) || s[i] != s[j])))
-                .collect(),
-        ),
-    };
-    Some(Tensor::from_data(TensorData::new(values, [rows, 1, seq, total]), device))
-}
-
 /// Keys and values of the tokens that were seen, one entry a block.
 #[derive(Clone, Debug, Default)]
 pub struct KvCache {
@@ -136,7 +127,7 @@ pub struct KvCache {
 impl KvCache {
     /// Tokens seen so far.
     pub fn len(&self) -> usize {
-        self.blocks.first().map_or(0, |(keys, _)| keys.dims()[2])
+        self.blocks.first().map_or(0, |(keys, _)| keys.dims()[1])
     }
 
     /// Whether nothing was seen yet.
@@ -147,7 +138,7 @@ impl KvCache {
     /// Appends the new tokens of block `at` and hands out all.
     fn extend(&mut self, at: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let joined = match self.blocks.get(at) {
-            Some((k, v)) => (Tensor::cat(vec![k.clone(), keys], 2), Tensor::cat(vec![v.clone(), values], 2)),
+            Some((k, v)) => (Tensor::cat(vec![k.clone(), keys], 1), Tensor::cat(vec![v.clone(), values], 1)),
             None => (keys, values),
         };
         if at < self.blocks.len() {
@@ -159,38 +150,8 @@ impl KvCache {
     }
 }
 
-/// `softmax(q·kᵀ / √head_dim + mask)·v`.
-///
-/// # Shapes
-/// `q`: `[batch, heads, seq, head_dim]`; `k`, `v`: `[batch, kv_heads, seq, head_dim]`; result `[batch, seq, heads · head_dim]`.
-pub(crate) fn attend(
-    q: Tensor<4>,
-    k: Tensor<4>,
-    v: Tensor<4>,
-    pass: &Pass,
-    window: Option<usize>,
-    cache: Option<(&mut KvCache, usize)>,
-) -> Tensor<3> {
-    let (k, v) = match cache {
-        Some((cache, block)) => cache.extend(block, k, v),
-        None => (k, v),
-    };
-    let [batch, heads, seq, head_dim] = q.dims();
-    let [_, kv_heads, total, _] = k.dims();
-    // The query heads of a group fold into rows, so keys and values are never repeated.
-    let rows = heads / kv_heads * seq;
-    let q = (q * (head_dim as f64).sqrt().recip()).reshape([batch, kv_heads, rows, head_dim]);
-    let scores = q.matmul(k.swap_dims(2, 3)).reshape([batch, heads, seq, total]);
-    let scores = match pass.mask(window) {
-        Some(mask) => scores.mask_fill(mask.expand([batch, heads, seq, total]), f32::MIN / 2.0),
-        None => scores,
-    };
-    let weights = softmax(scores, 3).reshape([batch, kv_heads, rows, total]);
-    weights.matmul(v).reshape([batch, heads, seq, head_dim]).swap_dims(1, 2).reshape([batch, seq, heads * head_dim])
-}
-
-/// `[batch, seq, heads · head_dim]` to `[batch, heads, seq, head_dim]`.
+/// `[batch, seq, heads · head_dim]` to `[batch, seq, heads, head_dim]`.
 pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
     let [batch, seq, width] = x.dims();
-    x.reshape([batch, seq, heads, width / heads]).swap_dims(1, 2)
+    x.reshape([batch, seq, heads, width / heads])
 }

@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
+use peft_core::kernels::Scores;
 
 use crate::attention::{KvCache, Layout};
 use crate::config::ModelConfig;
@@ -48,6 +49,15 @@ impl CausalLm {
         match self {
             Self::Llama(model) => model.head(hidden),
             Self::Gpt2(model) => model.head(hidden),
+        }
+    }
+
+    /// What the head says of the tokens to come, without the logits of all: hidden states `[tokens, width]` and targets `[tokens]`, of which negative ones
+    /// are left out.
+    pub fn scores(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Scores {
+        match self {
+            Self::Llama(model) => model.scores(hidden, targets),
+            Self::Gpt2(model) => model.scores(hidden, targets),
         }
     }
 

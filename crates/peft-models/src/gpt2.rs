@@ -2,11 +2,11 @@
 
 use burn::module::{Initializer, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
-use burn::tensor::activation::gelu_approximate;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::kernels::{Nonlinearity, Scores, activate, layer_norm, linear_cross_entropy};
 use peft_core::{AdapterAware, embedding, linear_with};
 
-use crate::attention::{KvCache, Layout, Pass, attend, split_heads};
+use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::Gpt2Config;
 
 /// A GPT-2 language model; its head is the embedding table.
@@ -119,7 +119,7 @@ impl Gpt2 {
             self.config.n_positions
         );
         let device = ids.device();
-        let pass = Pass::new(layout, past, seq, None, &[None], &device);
+        let pass = Pass::new(layout, past, seq, None, &device);
         let (rows, positions): (usize, Vec<i64>) = match layout {
             Layout::Rows => (1, (past..past + seq).map(|p| p as i64).collect()),
             Layout::Packed { positions, .. } => {
@@ -130,17 +130,27 @@ impl Gpt2 {
         let mut x = embedding(&model.wte, ids) + embedding(&model.wpe, positions);
         for (at, block) in model.h.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
-            let attended = block.attn.forward(block.ln_1.forward(x.clone()), self.config.n_head, &pass, cache);
+            let attended = block.attn.forward(self.norm(&block.ln_1, x.clone()), self.config.n_head, &pass, cache);
             x = x + attended;
-            let inner = gelu_approximate(block.mlp.c_fc.forward(block.ln_2.forward(x.clone())));
-            x = x + block.mlp.c_proj.forward(inner);
+            let inner = block.mlp.c_fc.forward(self.norm(&block.ln_2, x.clone()));
+            x = x + block.mlp.c_proj.forward(activate(inner, Nonlinearity::GeluTanh));
         }
-        model.ln_f.forward(x)
+        self.norm(&model.ln_f, x)
     }
 
     /// Logits of hidden states: `[rows, n_embd]` to `[rows, vocab_size]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         hidden.matmul(self.transformer.wte.weight.base().transpose())
+    }
+
+    /// What the head says of the tokens to come, without the logits of all: `[tokens, n_embd]` and `[tokens]`.
+    pub fn scores(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Scores {
+        linear_cross_entropy(hidden, self.transformer.wte.weight.base().transpose(), targets, 0.0)
+    }
+
+    fn norm(&self, norm: &LayerNorm, x: Tensor<3>) -> Tensor<3> {
+        let beta = norm.beta.as_ref().map(Param::val);
+        layer_norm(x, norm.gamma.val(), beta, self.config.layer_norm_epsilon)
     }
 }
 
@@ -149,6 +159,6 @@ impl Gpt2Attention {
         let qkv = self.c_attn.forward(x).chunk(3, 2);
         let [q, k, v]: [Tensor<3>; 3] = qkv.try_into().expect("three chunks of a width that is a multiple of three");
         let (q, k, v) = (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads));
-        self.c_proj.forward(attend(q, k, v, pass, None, cache))
+        self.c_proj.forward(pass.attend(q, k, v, None, cache))
     }
 }

@@ -5,11 +5,11 @@
 
 use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
-use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::{AdapterAware, embedding, linear};
+use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy, rms_norm};
+use peft_core::{AdapterAware, cross_entropy, embedding, linear};
 
-use crate::attention::{KvCache, Layout, Pass, attend, split_heads};
+use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
 
 /// A causal language model of the Llama family.
@@ -109,15 +109,15 @@ impl Llama {
         let [_, seq] = ids.dims();
         let past = cache.as_ref().map_or(0, |c| c.len());
         let rope = Some((&config.rope, config.head_dim));
-        let pass = Pass::new(layout, past, seq, rope, &config.sliding_window, &ids.device());
+        let pass = Pass::new(layout, past, seq, rope, &ids.device());
         let mut x = embedding(&self.model.embed_tokens, ids);
         for (at, layer) in self.model.layers.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
-            let attended = layer.self_attn.forward(layer.input_layernorm.forward(x.clone()), config, &pass, at, cache);
+            let attended = layer.self_attn.forward(norm(&layer.input_layernorm, x.clone()), config, &pass, at, cache);
             x = x + attended;
-            x = x.clone() + layer.mlp.forward(layer.post_attention_layernorm.forward(x));
+            x = x.clone() + layer.mlp.forward(norm(&layer.post_attention_layernorm, x));
         }
-        self.model.norm.forward(x)
+        norm(&self.model.norm, x)
     }
 
     /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.
@@ -126,6 +126,14 @@ impl Llama {
             Some(head) => linear(head, hidden),
             // As in `transformers`, an adapter on the embedding does not act on the tied head.
             None => hidden.matmul(self.model.embed_tokens.weight.base().transpose()),
+        }
+    }
+
+    /// What the head says of the tokens to come, without the logits of all: `[tokens, hidden_size]` and `[tokens]`.
+    pub fn scores(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Scores {
+        match &self.lm_head {
+            Some(head) => cross_entropy(head, hidden, targets, 0.0),
+            None => linear_cross_entropy(hidden, self.model.embed_tokens.weight.base().transpose(), targets, 0.0),
         }
     }
 
@@ -150,19 +158,26 @@ impl LlamaAttention {
         layer: usize,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
-        let norm = |norm: &Option<RmsNorm>, x: Tensor<4>| norm.as_ref().map_or(x.clone(), |n| n.forward(x));
+        let normed = |n: &Option<RmsNorm>, x: Tensor<4>| match n {
+            Some(n) => norm(n, x),
+            None => x,
+        };
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let q = norm(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads));
-        let k = norm(&self.k_norm, split_heads(linear(&self.k_proj, x.clone()), kv_heads));
+        let q = normed(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads));
+        let k = normed(&self.k_norm, split_heads(linear(&self.k_proj, x.clone()), kv_heads));
         let v = split_heads(linear(&self.v_proj, x), kv_heads);
-        let (q, k) = (pass.rotate(q), pass.rotate(k));
-        linear(&self.o_proj, attend(q, k, v, pass, config.sliding_window[layer], cache))
+        let attended = pass.attend(pass.rotate(q), pass.rotate(k), v, config.sliding_window[layer], cache);
+        linear(&self.o_proj, attended)
     }
 }
 
 impl LlamaMlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(linear(&self.gate_proj, x.clone()));
-        linear(&self.down_proj, gate * linear(&self.up_proj, x))
+        let (gate, up) = (linear(&self.gate_proj, x.clone()), linear(&self.up_proj, x));
+        linear(&self.down_proj, gated(gate, up, Nonlinearity::Silu))
     }
+}
+
+fn norm<const D: usize>(norm: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
+    rms_norm(x, norm.gamma.val(), norm.epsilon)
 }

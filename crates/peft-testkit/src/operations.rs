@@ -1,9 +1,14 @@
 //! The custom operations of `peft-kernels` on a device, against double precision.
 
+mod activate;
+mod attention;
+mod cross_entropy;
+mod low_rank;
+mod norm;
+mod packed;
+mod rope;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft_core::kernels::{BlockScales, PackedData, PackedLayout, PackedMatrix};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 use crate::state::{deviation, normal, worse};
 use crate::{Failure, Finding, Outcome, read};
@@ -12,110 +17,156 @@ use crate::{Failure, Finding, Outcome, read};
 const ROUNDING: f64 = 1e-5;
 const HALF: f64 = 2e-2;
 
-/// Blocks of packed scales.
-const NESTED: usize = 256;
-
-/// How the scales of a matrix are given.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Scales {
-    Plain,
-    Affine,
-    Nested,
-}
+/// On a CPU, f64 is what goes through the bodies that other backends run in f32.
+const SINGLE: &[DType] = &[DType::F32, DType::F64];
+const HALVES: &[DType] = &[DType::F16, DType::BF16];
+const ALL: &[DType] = &[DType::F32, DType::F64, DType::F16, DType::BF16];
 
 /// A check by name.
 pub type Operation = (String, Box<dyn Fn(&Device) -> Outcome>);
 
-/// A check for every kind of packed matrix: whole and odd sizes, few rows and many, values and gradients.
+/// Checks of every custom operation: whole and odd sizes, values and gradients.
 pub fn operations() -> Vec<Operation> {
-    let mut checks: Vec<Operation> = Vec::new();
-    for bits in [4, 8] {
-        for scales in [Scales::Plain, Scales::Affine, Scales::Nested] {
-            let name = format!("packed_linear {bits} bits {scales:?}").to_lowercase();
-            checks.push((name, Box::new(move |device| packed(bits, scales, DType::F32, device))));
+    let checks = [
+        packed::checks(),
+        activate::checks(),
+        norm::checks(),
+        rope::checks(),
+        attention::checks(),
+        cross_entropy::checks(),
+        low_rank::checks(),
+    ];
+    checks.into_iter().flatten().collect()
+}
+
+/// A check of a deviation in each type that the device has. Its name ends in the type, unless that is f32.
+fn in_types(
+    name: &str,
+    dtypes: &[DType],
+    deviation: impl Fn(DType, &Device) -> Result<f64, Failure> + Clone + 'static,
+) -> Vec<Operation> {
+    let check = |dtype: &DType| -> Operation {
+        let (dtype, deviation) = (*dtype, deviation.clone());
+        let (name, bound) = match dtype {
+            DType::F32 => (name.to_lowercase(), ROUNDING),
+            DType::F64 => (format!("{name} f64").to_lowercase(), ROUNDING),
+            _ => (format!("{name} {dtype:?}").to_lowercase(), HALF),
+        };
+        let measure = move |device: &Device| {
+            if !device.supports_dtype(dtype) {
+                return Ok(Finding::Skipped(format!("the device has no {dtype:?}")));
+            }
+            Ok(Finding::Measured { deviation: deviation(dtype, device)?, bound })
+        };
+        (name, Box::new(measure))
+    };
+    dtypes.iter().map(check).collect()
+}
+
+/// Values that go into an operation.
+struct Input {
+    values: Vec<f32>,
+    /// How far apart the values are whose gradient is looked at; nothing when the input is frozen.
+    step: Option<usize>,
+}
+
+impl Input {
+    fn trained(values: Vec<f32>) -> Self {
+        Self { values, step: Some(1) }
+    }
+
+    fn frozen(values: Vec<f32>) -> Self {
+        Self { values, step: None }
+    }
+}
+
+/// The largest deviation of an operation from `reference`, and of its gradients from differences of `reference`.
+///
+/// The operation takes its inputs flat; the reference takes them as the type rounds them, so that only the arithmetic differs.
+fn by_differences<const N: usize, const D: usize>(
+    inputs: &[Input; N],
+    dtype: DType,
+    device: &Device,
+    operation: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+    reference: impl Fn([&[f64]; N]) -> Vec<f64>,
+) -> Result<f64, Failure> {
+    let gradients = |values: [&[f64]; N], dy: &[f64]| {
+        let of = |at: usize| {
+            let loss = |moved: &[f64]| {
+                let mut values = values;
+                values[at] = moved;
+                dot(&reference(values), dy)
+            };
+            inputs[at].step.map(|step| gradient(loss, values[at], step))
+        };
+        std::array::from_fn(of)
+    };
+    compare(inputs, dtype, device, operation, &reference, gradients)
+}
+
+/// The same with the gradients of the trained inputs as a function of the inputs and of the gradient of the output.
+fn compare<const N: usize, const D: usize>(
+    inputs: &[Input; N],
+    dtype: DType,
+    device: &Device,
+    operation: impl Fn([Tensor<1>; N]) -> Tensor<D>,
+    reference: impl Fn([&[f64]; N]) -> Vec<f64>,
+    gradients: impl Fn([&[f64]; N], &[f64]) -> [Option<Vec<f64>>; N],
+) -> Result<f64, Failure> {
+    let data = inputs.each_ref().map(|input| rounded(&input.values, dtype));
+    let exact = data.each_ref().map(exact);
+    let values = exact.each_ref().map(Vec::as_slice);
+    let y = reference(values);
+    let dy = rounded(&normal(y.len(), 1.0, 9), dtype);
+    let plain = operation(data.clone().map(|data| Tensor::from_data(data, (device, dtype))));
+
+    let autodiff = device.clone().autodiff();
+    let tensors: [Tensor<1>; N] = std::array::from_fn(|at| {
+        let tensor = Tensor::from_data(data[at].clone(), (&autodiff, dtype));
+        tensor.set_require_grad(inputs[at].step.is_some())
+    });
+    let output = operation(tensors.clone());
+    let weights = Tensor::<1>::from_data(dy.clone(), (&autodiff, dtype)).reshape(output.dims());
+    let tape = (output.clone() * weights).sum().backward();
+
+    let mut worst = worse(deviation(&read(plain)?, &y), deviation(&read(output)?, &y));
+    let expected = gradients(values, &self::exact(&dy));
+    for ((input, tensor), expected) in inputs.iter().zip(&tensors).zip(expected) {
+        if let (Some(step), Some(expected)) = (input.step, expected) {
+            let found = read(tensor.grad(&tape).ok_or("an input has no gradient")?)?;
+            let found: Vec<f64> = found.into_iter().step_by(step).collect();
+            worst = worse(worst, deviation(&found, &expected));
         }
     }
-    for dtype in [DType::F16, DType::BF16] {
-        let name = format!("packed_linear {dtype:?}").to_lowercase();
-        checks.push((name, Box::new(move |device| packed(4, Scales::Nested, dtype, device))));
-    }
-    checks
+    Ok(worst)
 }
 
-fn packed(bits: usize, scales: Scales, dtype: DType, device: &Device) -> Outcome {
-    if !device.supports_dtype(dtype) {
-        return Ok(Finding::Skipped(format!("the device has no {dtype:?}")));
-    }
-    let mut worst: f64 = 0.0;
-    // Odd in both directions with blocks over the ends of rows; and whole.
-    for (d_out, d_in, block) in [(9, 75, 32), (160, 128, 64)] {
-        let sample = Sample::new(PackedLayout { d_out, d_in, bits, block }, scales, device);
-        worst = worse(worst, deviation(&read(sample.weight.unpack())?, &sample.dense));
-        for rows in [1, 3, 21] {
-            worst = worse(worst, sample.product(rows, dtype, device)?);
-        }
-    }
-    Ok(Finding::Measured { deviation: worst, bound: if dtype == DType::F32 { ROUNDING } else { HALF } })
+fn rounded(values: &[f32], dtype: DType) -> TensorData {
+    TensorData::new(values.to_vec(), [values.len()]).convert_dtype(dtype)
 }
 
-/// A packed matrix, and what it stands for.
-struct Sample {
-    weight: PackedMatrix,
-    dense: Vec<f64>,
+fn exact(data: &TensorData) -> Vec<f64> {
+    data.iter::<f64>().collect()
 }
 
-impl Sample {
-    fn new(layout: PackedLayout, scales: Scales, device: &Device) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(5);
-        let (values, blocks) = (layout.len(), layout.blocks());
-        let numbers: Vec<u8> = (0..values).map(|_| rng.random_range(0..1_u16 << layout.bits) as u8).collect();
-        let bytes = if layout.bits == 4 {
-            numbers.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect()
-        } else {
-            numbers.clone()
+/// The gradient of `f` by central differences, at values `step` apart.
+fn gradient(f: impl Fn(&[f64]) -> f64, at: &[f64], step: usize) -> Vec<f64> {
+    /// Where rounding and the third derivative both cost less than 1e-8.
+    const DISTANCE: f64 = 1e-5;
+    let (mut at, count) = (at.to_vec(), at.len());
+    let slope = |i: usize| {
+        let value = at[i];
+        let mut moved = |by: f64| {
+            at[i] = value + by;
+            f(&at)
         };
-        let table = normal(1 << layout.bits, 1.0, 6);
-        let mut positive = |count: usize| (0..count).map(|_| rng.random_range(0.5..2.0_f32)).collect::<Vec<_>>();
-        let (each, lows) = (positive(blocks), positive(blocks));
-        let (map, outer, offset) = (normal(256, 1.0, 7), positive(blocks.div_ceil(NESTED)), 0.75);
-        let scale_numbers: Vec<u8> = (0..blocks).map(|at| (at * 37 % 256) as u8).collect();
-        let scale = |at: usize| match scales {
-            Scales::Nested => map[usize::from(scale_numbers[at])] * outer[at / NESTED] + offset,
-            Scales::Plain | Scales::Affine => each[at],
-        };
-        let low = |at: usize| if scales == Scales::Affine { lows[at] } else { 0.0 };
-        let value = |(at, number): (usize, &u8)| {
-            let block = at / layout.block;
-            f64::from(table[usize::from(*number)]) * f64::from(scale(block)) + f64::from(low(block))
-        };
-        let dense = numbers.iter().enumerate().map(value).collect();
-        let scales = match scales {
-            Scales::Plain => BlockScales::Plain(each),
-            Scales::Affine => BlockScales::Affine { scales: each, lows },
-            Scales::Nested => BlockScales::Nested { numbers: scale_numbers, map: map.into(), scales: outer, offset },
-        };
-        let weight = PackedMatrix::new(PackedData { layout, bytes, table: table.into(), scales }, device);
-        Self { weight, dense }
-    }
+        let slope = (moved(DISTANCE) - moved(-DISTANCE)) / (2.0 * DISTANCE);
+        at[i] = value;
+        slope
+    };
+    (0..count).step_by(step).map(slope).collect()
+}
 
-    /// The largest deviation of `y = x·Wᵀ` and of its gradient, without and with autodiff.
-    fn product(&self, rows: usize, dtype: DType, device: &Device) -> Result<f64, Failure> {
-        let PackedLayout { d_out, d_in, .. } = self.weight.layout();
-        let (x, dy) = (normal(rows * d_in, 1.0, 8), normal(rows * d_out, 1.0, 9));
-        let tensor = |values: &[f32], width: usize, device: &Device| {
-            Tensor::<2>::from_data(TensorData::new(values.to_vec(), [rows, width]), (device, dtype))
-        };
-        let weight = |o: usize, i: usize| self.dense[o * d_in + i];
-        let y = |at: usize| (0..d_in).map(|i| f64::from(x[at / d_out * d_in + i]) * weight(at % d_out, i)).sum();
-        let dx = |at: usize| (0..d_out).map(|o| f64::from(dy[at / d_in * d_out + o]) * weight(o, at % d_in)).sum();
-        let y: Vec<f64> = (0..rows * d_out).map(y).collect();
-        let dx: Vec<f64> = (0..rows * d_in).map(dx).collect();
-        let plain = deviation(&read(self.weight.linear(tensor(&x, d_in, device)))?, &y);
-        let autodiff = device.clone().autodiff();
-        let input = tensor(&x, d_in, &autodiff).require_grad();
-        let output = self.weight.linear(input.clone());
-        let tape = (output.clone() * tensor(&dy, d_out, &autodiff)).sum().backward();
-        let gradient = read(input.grad(&tape).ok_or("the input has no gradient")?)?;
-        Ok(worse(worse(plain, deviation(&read(output)?, &y)), deviation(&gradient, &dx)))
-    }
+fn dot(left: &[f64], right: &[f64]) -> f64 {
+    left.iter().zip(right).map(|(left, right)| left * right).sum()
 }

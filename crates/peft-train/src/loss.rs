@@ -1,19 +1,19 @@
 //! Next-token cross-entropy over the tokens that are learnt, and evaluation by it.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::kernels::Scores;
 use peft_models::{CausalLm, Layout};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Batches};
 use crate::{Error, Result};
 
-/// Sum of `−log p(target)` over the learnt tokens of a batch, and the logits' best guesses.
+/// The learnt tokens of a batch.
 pub(crate) struct Scored {
-    /// `[1]`
-    pub sum: Tensor<1>,
-    /// `[tokens, vocab_size]`, only of tokens whose target is learnt.
-    logits: Tensor<2>,
-    targets: Tensor<2, Int>,
+    /// `−log p(target)` of each, and the model's best guesses.
+    pub scores: Scores,
+    /// `[tokens]`
+    targets: Tensor<1, Int>,
 }
 
 /// Scores a batch. The output head runs only where a target is learnt, so masked prompts and padding cost no logits.
@@ -27,7 +27,7 @@ pub(crate) fn score(model: &CausalLm, batch: &Batch, device: &Device) -> Scored 
         (0..rows).flat_map(|row| learnt(row).map(move |t| i64::from(batch.ids[row][t + 1]))).collect();
     let count = places.len();
     let ints = |values: Vec<i64>| Tensor::<1, Int>::from_data(TensorData::new(values, [count]), plain);
-    let (places, targets) = (ints(places), ints(targets).reshape([count, 1]));
+    let (places, targets) = (ints(places), ints(targets));
 
     let cut = |rows: &[Vec<u32>]| rows.iter().map(|row| row[..seq].to_vec()).collect::<Vec<_>>();
     let packed = batch.segments.as_deref().map(cut).zip(batch.positions.as_deref().map(cut));
@@ -37,12 +37,7 @@ pub(crate) fn score(model: &CausalLm, batch: &Batch, device: &Device) -> Scored 
     };
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, seq]), plain);
     let hidden = model.hidden(ids, layout, None).flatten::<2>(0, 1).select(0, places); // [tokens, width]
-    let logits = model.head(hidden);
-    // −log softmax(logits)[target] = log Σ exp(logits − max) + max − logits[target]; the maximum is a constant to the gradient.
-    let highest = logits.clone().detach().max_dim(1);
-    let shifted = logits.clone() - highest;
-    let loss = shifted.clone().exp().sum_dim(1).log() - shifted.gather(1, targets.clone());
-    Scored { sum: loss.sum(), logits: logits.detach(), targets }
+    Scored { scores: model.scores(hidden, targets.clone()), targets }
 }
 
 /// What a held-out set says of a model.
@@ -68,8 +63,8 @@ pub fn evaluate(model: &CausalLm, batches: &Batches, device: &Device) -> Result<
     for batch in batches.epoch() {
         let scored = score(model, &batch, device);
         let failed = |e| Error::Device { step: 0, message: format!("{e:?}") };
-        sum += f64::from(scalar(scored.sum).map_err(failed)?);
-        let best = scored.logits.argmax(1).equal(scored.targets).int().sum();
+        sum += f64::from(scalar(scored.scores.losses.sum()).map_err(failed)?);
+        let best = scored.scores.best.equal(scored.targets).int().sum();
         hits += best.try_into_data().map_err(failed)?.iter::<i64>().sum::<i64>();
         tokens += batch.trained();
     }

@@ -238,7 +238,7 @@ impl Run<'_> {
         let mut accumulator = GradientsAccumulator::new();
         let mut sum = 0.0;
         for batch in &group {
-            let loss = score(&model, batch, self.device).sum / tokens as f64;
+            let loss = score(&model, batch, self.device).scores.losses.sum() / tokens as f64;
             let grads = GradientsParams::from_grads(loss.backward(), &model);
             accumulator.accumulate(&model, grads);
             sum += scalar(loss.inner()).map_err(failed)?;

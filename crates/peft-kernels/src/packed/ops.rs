@@ -1,9 +1,4 @@
 //! The operations of packed matrices for every backend: bodies of Burn's own operations, and the gradient.
-#![cfg_attr(
-    feature = "ndarray",
-    allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")
-)]
-
 use std::ops::Range;
 
 #[cfg(feature = "flex")]
@@ -136,7 +131,7 @@ impl PackedOps for Flex {
 
 impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
     fn packed_unpack(packed: Primitive<Self>) -> FloatTensor<Self> {
-        Self::from_inner(B::packed_unpack(inner(packed)))
+        Self::from_inner(B::packed_unpack(without_autodiff(packed)))
     }
 
     fn packed_linear(x: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
@@ -156,7 +151,7 @@ impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
             }
         }
 
-        let packed = inner(packed);
+        let packed = without_autodiff(packed);
         let (x, guard) = x.into_parts();
         match PackedLinear.prepare::<C>([guard]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(packed.clone(), B::packed_linear(x, packed)),
@@ -166,7 +161,7 @@ impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
 }
 
 /// The tensors without autodiff.
-fn inner<B: Backend, C: CheckpointStrategy>(packed: Primitive<Autodiff<B, C>>) -> Primitive<B> {
+pub(crate) fn without_autodiff<B: Backend, C: CheckpointStrategy>(packed: Primitive<Autodiff<B, C>>) -> Primitive<B> {
     let Primitive { numbers, floats, scales, layout } = packed;
     Primitive { numbers, floats: floats.into_primitive(), scales, layout }
 }

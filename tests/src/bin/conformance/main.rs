@@ -85,14 +85,16 @@ fn main() -> ExitCode {
     let slow =
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let mut laws = statement::laws(statement::lora());
-    if !matches!(arguments.device, Name::Flex | Name::Ndarray) {
+    let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
+    if !cpu {
         laws = laws.fused();
     }
     if let Some(reason) = slow {
         laws = laws.skip("encoder", reason);
     }
     let mut checks = laws.run_with(&device, report);
-    for (name, check) in operations() {
+    // Drivers may have f64 and yet no exponential of it.
+    for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));
         report(&check);
         checks.push(check);

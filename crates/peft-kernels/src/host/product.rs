@@ -1,0 +1,140 @@
+//! Matrix products on slices, by the `gemm` crate.
+#![allow(unsafe_code, reason = "the library takes pointers; shapes are checked here")]
+
+use std::borrow::Cow;
+
+/// A matrix in memory: value `(r, c)` lies at `r · row + c · column`.
+#[derive(Clone, Debug)]
+pub(crate) struct Matrix<'a> {
+    pub(crate) values: Cow<'a, [f32]>,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) row: usize,
+    pub(crate) column: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Rows one after the other.
+    pub(crate) fn contiguous(values: impl Into<Cow<'a, [f32]>>, rows: usize, columns: usize) -> Self {
+        Self { values: values.into(), rows, columns, row: columns, column: 1 }
+    }
+
+    /// Rows that begin `row` values apart.
+    pub(crate) fn strided(values: &'a [f32], rows: usize, columns: usize, row: usize) -> Self {
+        Self { values: Cow::Borrowed(values), rows, columns, row, column: 1 }
+    }
+
+    /// The transpose of the same values.
+    pub(crate) fn transposed(&self) -> Matrix<'_> {
+        let Self { values, rows, columns, row, column } = self;
+        Matrix { values: Cow::Borrowed(values), rows: *columns, columns: *rows, row: *column, column: *row }
+    }
+
+    fn fits(&self) -> bool {
+        self.rows == 0
+            || self.columns == 0
+            || (self.rows - 1) * self.row + (self.columns - 1) * self.column < self.values.len()
+    }
+}
+
+/// What a product does to what is there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// Takes its place.
+    Replace,
+    /// Is added to it.
+    Add,
+}
+
+/// Who computes a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling thread.
+    This,
+    /// As many as pay.
+    All,
+}
+
+/// `out = scale·a·b` or `out += scale·a·b`; rows of `out` are `stride` values apart.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn product(
+    out: (&mut [f32], usize),
+    a: &Matrix<'_>,
+    b: &Matrix<'_>,
+    scale: f32,
+    write: Write,
+    threads: Threads,
+) {
+    let ((out, stride), (m, k, n)) = (out, (a.rows, a.columns, b.columns));
+    assert_eq!(k, b.rows, "inner dimension of a product");
+    assert!(a.fits() && b.fits(), "a factor is too short for its shape");
+    assert!(m == 0 || n == 0 || (m - 1) * stride + n <= out.len() && n <= stride, "the product has no room");
+    if k == 0 && write == Write::Replace {
+        out.chunks_mut(stride.max(1)).take(m).for_each(|row| row[..n].fill(0.0));
+    }
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    // Below this, waking a thread costs more than it computes.
+    const ALONE: usize = 1 << 20;
+    let alone = threads == Threads::This || m * n * k < ALONE;
+    let parallelism = if alone { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
+    // SAFETY: both factors and the output were found long enough for their shapes, and `out` is borrowed alone.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            stride as isize,
+            write == Write::Add,
+            a.values.as_ptr(),
+            a.column as isize,
+            a.row as isize,
+            b.values.as_ptr(),
+            b.column as isize,
+            b.row as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_in_strides_equal_sums() {
+        let a: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        let b: Vec<f32> = (0..8).map(|i| (i * i) as f32).collect();
+        let (a, b) = (Matrix::contiguous(a, 3, 2), Matrix::strided(&b, 2, 3, 5));
+        let mut out = vec![100.0; 3 * 4];
+        product((&mut out, 4), &a, &b, 2.0, Write::Replace, Threads::This);
+        product((&mut out, 4), &a, &b, 1.0, Write::Add, Threads::This);
+        for r in 0..3 {
+            for c in 0..3 {
+                let sum: f32 = (0..2).map(|k| a.values[2 * r + k] * b.values[5 * k + c]).sum();
+                assert_eq!(out[4 * r + c], 3.0 * sum);
+            }
+            assert_eq!(out[4 * r + 3], 100.0);
+        }
+        let mut square = vec![0.0; 4];
+        product((&mut square, 2), &a.transposed(), &a, 1.0, Write::Replace, Threads::All);
+        assert_eq!(square, [20.0, 26.0, 26.0, 35.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no room")]
+    fn an_output_that_is_too_short_is_refused() {
+        let a = Matrix::contiguous(vec![1.0; 4], 2, 2);
+        product((&mut [0.0; 3], 2), &a, &a, 1.0, Write::Replace, Threads::This);
+    }
+}
