@@ -218,8 +218,11 @@ impl<'a> Input<'a> {
     fn tile(&self, x: &[f32], batch: usize, head: usize, tokens: &Range<usize>, scale: f32) -> Vec<f32> {
         let Sizes { seq, kv_heads, group, head_dim, .. } = self.sizes;
         let (token, width) = (kv_heads * group * head_dim, group * head_dim);
-        let each = x[(batch * seq + tokens.start) * token..].chunks_exact(token).take(tokens.len());
-        each.flat_map(|token| &token[head * width..(head + 1) * width]).map(|x| x * scale).collect()
+        let mut rows = Vec::with_capacity(tokens.len() * width);
+        for token in x[(batch * seq + tokens.start) * token..].chunks_exact(token).take(tokens.len()) {
+            rows.extend(token[head * width..(head + 1) * width].iter().map(|x| x * scale));
+        }
+        rows
     }
 
     /// Rows of keys or values of a head.

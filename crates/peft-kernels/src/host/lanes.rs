@@ -1,7 +1,7 @@
 //! Functions of f32 that compile to the widest vector instructions that the machine has: plain loops inside [`vectorized!`], without calls and branches.
 
-/// Lanes of a sum: enough to fill vectors of any width, and several of them in flight.
-const LANES: usize = 32;
+/// Lanes of a sum: the widest vector, or several that are in flight at once; more would not stay in registers.
+const LANES: usize = 16;
 
 /// Runs a block compiled for the instructions that this machine turns out to have. A macro, because only what is inlined is.
 macro_rules! vectorized {

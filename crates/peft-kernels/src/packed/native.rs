@@ -16,6 +16,9 @@ const TILE: usize = 64 * 1024;
 /// Up to this number of rows, a product is bound by reading the weight, and each row of it is unpacked and used at once.
 const FEW_ROWS: usize = 4;
 
+/// Parts of a product for each thread.
+const PARTS: usize = 2;
+
 /// Values below which a product is not shared between threads.
 const SHARED_FROM: usize = 1 << 18;
 
@@ -117,10 +120,10 @@ fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     });
 }
 
-/// Splits `0..columns` between the threads; small matrices are not split.
+/// Splits `0..columns` between the threads, some parts for each, so that none waits for long; small matrices are not split.
 fn each_part(columns: usize, layout: PackedLayout, work: impl Fn(std::ops::Range<usize>) + Sync) {
-    let parts = if layout.len() < SHARED_FROM { 1 } else { rayon::current_num_threads() };
-    // Whole vectors for each thread, as long as there are enough columns.
+    let parts = if layout.len() < SHARED_FROM { 1 } else { PARTS * rayon::current_num_threads() };
+    // Whole vectors for each part, as long as there are enough columns.
     let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
     let part = |at: usize| at * size..((at + 1) * size).min(columns);
     let work = &work;
