@@ -2,8 +2,7 @@
 
 With `--base nf4` the linear layers are those of bitsandbytes, NF4 with double quantisation, computing in f32.
 
-Llama with hidden 576, 6 layers, 9 query and 3 key/value heads, MLP 1536, vocabulary 8192, tied embeddings; LoRA of
-rank 8 on all seven projections; batch 4 x 128, f32, AdamW. Prints one line of JSON; `rss_growth_mb` is the peak
+Llama with hidden 576, 9 query and 3 key/value heads, MLP 1536, tied embeddings; LoRA on all seven projections, AdamW. Prints one line of JSON; `rss_growth_mb` is the peak
 resident memory above what the process held after importing its libraries (so it holds weights and optimizer too).
 """
 
@@ -21,8 +20,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-
-BATCH, LENGTH, VOCAB = 4, 128, 8192
 
 
 def resident_mb(field):
@@ -47,17 +44,17 @@ def pack(model):
     return model
 
 
-def build(packed, decoding):
+def build(args):
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, use_cache=decoding,
+        vocab_size=args.vocab, hidden_size=576, intermediate_size=1536, num_hidden_layers=args.layers, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, use_cache=args.decode,
     )  # fmt: skip
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=projections)
-    model = LlamaForCausalLM(config)
-    if packed:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules=projections)
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    if args.base == "nf4":
         model = pack(model)
-    return model.eval() if decoding else get_peft_model(model, lora).train()
+    return model.eval() if args.decode else get_peft_model(model, lora).train()
 
 
 @torch.no_grad()
@@ -72,12 +69,12 @@ def decode(model, count):
     return seconds[3:]
 
 
-def train(model, steps, warmup):
+def train(model, args):
     """Seconds of each step."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    tokens = torch.randint(VOCAB, (BATCH, LENGTH))
+    tokens = torch.randint(args.vocab, (args.batch, args.seq))
     seconds = []
-    for _ in range(warmup + steps):
+    for _ in range(args.warmup + args.steps):
         start = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -85,7 +82,7 @@ def train(model, steps, warmup):
         optimizer.zero_grad()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    return seconds[warmup:]
+    return seconds[args.warmup :]
 
 
 def main():
@@ -93,6 +90,9 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    for name, default in (("layers", 6), ("vocab", 8192), ("batch", 4), ("seq", 128), ("rank", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--base", choices=["f32", "nf4"], default="f32")
     parser.add_argument("--decode", action="store_true")
     args = parser.parse_args()
@@ -101,8 +101,8 @@ def main():
     torch.set_num_threads(args.threads)
     before = resident_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from here
-    model = build(args.base == "nf4", args.decode)
-    seconds = decode(model, args.steps) if args.decode else train(model, args.steps, args.warmup)
+    model = build(args)
+    seconds = decode(model, args.steps) if args.decode else train(model, args)
 
     result = {
         "median_s": round(statistics.median(seconds), 4),

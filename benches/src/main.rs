@@ -1,186 +1,213 @@
 //! Ratios of time and peak memory, each side in a process of its own and in turns, so that peak memory is its own and load on the machine meets all.
 //!
 //! ```text
-//! cargo run --release -p peft-benches -- [step|decode] [--steps 10] [--python PYTHON]
+//! cargo run --release -p peft-benches -- step [--python PYTHON]
+//! cargo run --release -p peft-benches -- decode [--python PYTHON]
+//! cargo run --release -p peft-benches -- sweep [--python PYTHON] --out docs/cpu.svg
 //! ```
-//! `step`: one LoRA step; the activation seam over weights in f32, over NF4 with double quantisation, and Burn's own `apply_lora`; with Python also
-//! PyTorch + PEFT and PyTorch + bitsandbytes. `decode`: one token at a time, over f32 and over NF4.
-//!
-//! Llama with hidden 576, 6 layers, 9/3 heads, MLP 1536, vocabulary 8192, tied; rank 8 on all seven projections; batch 4 x 128, f32.
+
+mod plain;
+mod side;
+mod sweep;
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
 
-use burn::module::{Lora, Module, ParamGroup};
-use burn::optim::{AdamWConfig, GradientsParams};
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::{Peft, Targets};
-use peft_lora::LoraConfig;
-use peft_models::config::ModelConfig;
-use peft_models::export::{Dtype, save_model};
-use peft_models::load::Packing;
-use peft_models::{CausalLm, Layout, ModelSource, Pretrained, Sampling, generate};
-use peft_quant::Quantization;
-use serde_json::{Value, json};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
 
-const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-const BATCH: usize = 4;
-const SEQ: usize = 128;
-const VOCAB: usize = 8192;
-const ROUNDS: usize = 3;
-
-/// Sides of each comparison: ours by name, and what `tools/bench_step.py` is told for those of Python.
-const COMPARISONS: [(&str, &[&str], &[PythonSide]); 2] = [
-    (
-        "step",
-        &["activation", "packed", "apply_lora"],
-        &[("torch+peft", &[]), ("torch+bitsandbytes", &["--base", "nf4"])],
-    ),
-    (
-        "decode",
-        &["decode", "decode-packed"],
-        &[("torch", &["--decode"]), ("torch+bitsandbytes", &["--decode", "--base", "nf4"])],
-    ),
-];
-
-/// A side of Python: its name, and what the script is told.
-type PythonSide = (&'static str, &'static [&'static str]);
+use side::Side;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-fn main() -> Outcome<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    let option = |name: &str| args.iter().position(|a| a == name).and_then(|at| args.get(at + 1)).cloned();
-    let steps = option("--steps").map_or(Ok(10), |s| s.parse())?;
-    if let (Some(side), Some(model)) = (option("--side"), option("--model")) {
-        println!("{}", measure(&side, Path::new(&model), steps)?);
-        return Ok(());
+/// Ratios of time and peak memory: ours, Burn's own, and with `--python` those of PyTorch.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// One training step of LoRA
+    Step(Comparison),
+    /// One token at a time
+    Decode(Comparison),
+    /// Throughput against threads and rank, memory and time a token against the length of the sequence, as a picture
+    Sweep(sweep::Sweep),
+    /// One side, for itself
+    #[command(hide = true)]
+    Side {
+        #[arg(long, value_enum)]
+        side: Side,
+        /// Where the weights are
+        #[arg(long)]
+        model: PathBuf,
+        #[command(flatten)]
+        setup: Setup,
+    },
+}
+
+#[derive(Args, Clone)]
+struct Comparison {
+    #[command(flatten)]
+    setup: Setup,
+    /// Times that each side is run; medians are reported
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// A Python with torch, transformers, peft and bitsandbytes
+    #[arg(long)]
+    python: Option<PathBuf>,
+}
+
+/// A Llama with hidden 576, 9/3 heads and MLP 1536, tied: SmolLM2-135M, but for depth and vocabulary.
+#[derive(Args, Clone)]
+struct Setup {
+    /// Steps, or tokens, that are timed
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+    /// Depth: 30 is SmolLM2-135M
+    #[arg(long, default_value_t = 6)]
+    layers: usize,
+    /// Vocabulary: 49152 is SmolLM2-135M
+    #[arg(long, default_value_t = 8192)]
+    vocab: usize,
+    /// Rows of a batch
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 128)]
+    seq: usize,
+    /// Rank of the adapter on all seven projections
+    #[arg(long, default_value_t = 8)]
+    rank: usize,
+    /// Threads
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Burn's backend
+    #[arg(long, value_enum, default_value_t = Backend::Flex)]
+    backend: Backend,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Backend {
+    Flex,
+    Ndarray,
+    #[cfg(feature = "vulkan")]
+    Vulkan,
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+impl Setup {
+    fn flags(&self) -> Vec<String> {
+        let Self { steps, layers, vocab, batch, seq, rank, threads, .. } = self;
+        let flags = [
+            ("steps", steps),
+            ("layers", layers),
+            ("vocab", vocab),
+            ("batch", batch),
+            ("seq", seq),
+            ("rank", rank),
+            ("threads", threads),
+        ];
+        flags.into_iter().flat_map(|(name, value)| [format!("--{name}"), value.to_string()]).collect()
     }
-    let wanted = args.first().filter(|word| !word.starts_with('-')).map_or("step", String::as_str);
-    let comparison = COMPARISONS.iter().find(|(name, ..)| *name == wanted);
-    let (_, ours, theirs) = comparison.ok_or_else(|| format!("{wanted}: one of step, decode"))?;
-    let model = tempfile::tempdir()?;
-    write_model(model.path())?;
-    let exe = std::env::current_exe()?;
-    let run = |side: &str| {
-        let mut command = Command::new(&exe);
-        command.args(["--side", side, "--steps", &steps.to_string(), "--model"]).arg(model.path());
-        command
-    };
-    let mut sides: Vec<(&str, Command)> = ours.iter().map(|side| (*side, run(side))).collect();
-    if let Some(python) = option("--python") {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/bench_step.py");
-        for (name, extra) in *theirs {
-            let mut command = Command::new(&python);
-            command.arg(&script).args(["--steps", &steps.to_string()]).args(*extra);
-            sides.push((name, command));
+}
+
+/// Who is measured.
+#[derive(Clone, Copy)]
+enum Runner<'a> {
+    Ours(Side),
+    /// `tools/bench_step.py` with these flags.
+    Python {
+        python: &'a Path,
+        flags: &'a [&'a str],
+    },
+}
+
+/// A side with its name.
+type Named<'a> = (&'static str, Runner<'a>);
+
+fn main() -> Outcome<()> {
+    match Arguments::parse().what {
+        What::Step(comparison) => {
+            let ours = [Side::Lora, Side::Packed, Side::Plain, Side::ApplyLora];
+            compare(&comparison, &ours, &[("torch+peft", &[]), ("torch+bitsandbytes", &["--base", "nf4"])])
+        }
+        What::Decode(comparison) => {
+            let ours = [Side::Decode, Side::DecodePacked];
+            let packed: &[&str] = &["--decode", "--base", "nf4"];
+            compare(&comparison, &ours, &[("torch", &["--decode"]), ("torch+bitsandbytes", packed)])
+        }
+        What::Sweep(sweep) => sweep.run(),
+        What::Side { side, model, setup } => {
+            println!("{}", side.measure(&setup, &model)?);
+            Ok(())
         }
     }
+}
+
+/// Runs all sides in turns and prints medians and their ratios to the first.
+fn compare(comparison: &Comparison, ours: &[Side], theirs: &[(&'static str, &[&str])]) -> Outcome<()> {
+    let Comparison { setup, rounds, python } = comparison;
+    let model = tempfile::tempdir()?;
+    side::write_model(setup, model.path())?;
+    let mut sides: Vec<Named<'_>> = ours.iter().map(|side| (side.name(), Runner::Ours(*side))).collect();
+    if let Some(python) = python {
+        sides.extend(theirs.iter().map(|(name, flags)| (*name, Runner::Python { python, flags })));
+    }
     let mut results: Vec<Vec<Value>> = vec![Vec::new(); sides.len()];
-    for round in 1..=ROUNDS {
-        for ((name, command), results) in sides.iter_mut().zip(&mut results) {
-            let result = child(command)?;
+    for round in 1..=*rounds {
+        for ((name, runner), results) in sides.iter().zip(&mut results) {
+            let result = runner.run(setup, model.path())?;
             eprintln!("round {round}, {name}: {result}");
             results.push(result);
         }
     }
-    report(sides.iter().map(|(name, _)| *name).zip(&results));
+    println!("{:24} {:>9} {:>7} {:>15} {:>7}", "side", "s", "ratio", "MiB above start", "ratio");
+    let mut first = None;
+    for ((name, _), results) in sides.iter().zip(&results) {
+        let (t, m) = (median(results, "median_s"), median(results, "rss_growth_mb"));
+        let (time, memory) = *first.get_or_insert((t, m));
+        println!("{name:24} {t:9.4} {:7.2} {m:15.0} {:7.2}", t / time, m / memory);
+    }
     Ok(())
 }
 
-/// Medians over the rounds, and their ratios to the first side.
-fn report<'a>(sides: impl Iterator<Item = (&'a str, &'a Vec<Value>)>) {
-    println!("{:18} {:>9} {:>7} {:>15} {:>7}", "side", "s", "ratio", "MiB above start", "ratio");
-    let median = |results: &[Value], key: &str| {
-        let mut values: Vec<f64> = results.iter().filter_map(|r| r[key].as_f64()).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-    };
-    let mut first = None;
-    for (name, results) in sides {
-        let (t, m) = (median(results, "median_s"), median(results, "rss_growth_mb"));
-        let (time, memory) = *first.get_or_insert((t, m));
-        println!("{name:18} {t:9.4} {:7.2} {m:15.0} {:7.2}", t / time, m / memory);
-    }
+fn median(results: &[Value], key: &str) -> f64 {
+    let mut values: Vec<f64> = results.iter().filter_map(|r| r[key].as_f64()).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn child(command: &mut Command) -> Outcome<Value> {
-    let output = command.output()?;
-    if !output.status.success() {
-        return Err(format!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)).into());
-    }
-    let text = String::from_utf8(output.stdout)?;
-    Ok(serde_json::from_str(text.lines().last().unwrap_or_default())?)
-}
-
-/// The model with random weights, as a Hugging Face directory: every side reads it, so that loading is part of its memory.
-fn write_model(dir: &Path) -> Outcome<()> {
-    let config = json!({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": 576,
-        "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": true,
-        "hidden_act": "silu",
-    });
-    let model = CausalLm::new(&ModelConfig::from_json(&config, dir)?, &Device::flex());
-    Ok(save_model(&model, &config, None, Dtype::F32, dir)?)
-}
-
-/// Median seconds of a step or a token, and the peak of resident memory above the start.
-fn measure(side: &str, dir: &Path, steps: usize) -> Outcome<Value> {
-    let before = resident("VmRSS")?;
-    let packed = side.ends_with("packed");
-    let packing = if packed { Packing::Quantize(Quantization::default()) } else { Packing::Dense };
-    let decoding = side.starts_with("decode");
-    let device = if decoding { Device::flex() } else { Device::flex().autodiff() };
-    let base = Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), &packing, &device)?.model;
-    let mut seconds = match side {
-        _ if decoding => decode(&base, steps, &device)?,
-        "apply_lora" => {
-            let group = ParamGroup::from_regex(r"_proj\.weight$").map_err(|e| format!("{e:?}"))?;
-            train(base.apply_lora(Lora::new(8, 16.0).set_param_group(group)), steps)
+impl Runner<'_> {
+    /// Measures in a process of its own: `median_s` and `rss_growth_mb`.
+    fn run(self, setup: &Setup, model: &Path) -> Outcome<Value> {
+        let mut command = match self {
+            Self::Ours(side) => {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.args(["side", "--side", side.name(), "--backend"]).arg(value_name(setup.backend));
+                command.arg("--model").arg(model).env("RAYON_NUM_THREADS", setup.threads.to_string());
+                command
+            }
+            Self::Python { python, flags } => {
+                let mut command = Command::new(python);
+                command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/bench_step.py")).args(flags);
+                command
+            }
+        };
+        let output = command.args(setup.flags()).output()?;
+        if !output.status.success() {
+            return Err(format!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)).into());
         }
-        _ => train(base.attach(&LoraConfig::new(8, Targets::modules(PROJECTIONS)).with_alpha(16.0))?, steps),
-    };
-    seconds.sort_by(f64::total_cmp);
-    Ok(json!({ "median_s": seconds[seconds.len() / 2], "rss_growth_mb": resident("VmHWM")? - before }))
-}
-
-/// Seconds of each step, the first two left out.
-fn train(mut model: CausalLm, steps: usize) -> Vec<f64> {
-    let mut optim = AdamWConfig::new().init();
-    let tokens: Vec<i64> = (0..BATCH * (SEQ + 1)).map(|i| (i * 2_654_435_761 % VOCAB) as i64).collect();
-    let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [BATCH, SEQ + 1]), &Device::flex());
-    let (ids, targets) = (tokens.clone().narrow(1, 0, SEQ), tokens.narrow(1, 1, SEQ).reshape([BATCH * SEQ]));
-    let mut seconds = Vec::new();
-    for _ in 0..steps + 2 {
-        let started = Instant::now();
-        let loss =
-            model.scores(model.hidden(ids.clone(), Layout::Rows, None).flatten(0, 1), targets.clone()).losses.mean();
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        model = optim.step(1e-4, model, grads);
-        seconds.push(started.elapsed().as_secs_f64());
+        let text = String::from_utf8(output.stdout)?;
+        Ok(serde_json::from_str(text.lines().last().unwrap_or_default())?)
     }
-    seconds.split_off(2)
 }
 
-/// Seconds of each of `steps` tokens after a prompt of 16 and two more.
-fn decode(model: &CausalLm, steps: usize, device: &Device) -> Outcome<Vec<f64>> {
-    let prompt: Vec<u32> = (1..=16).collect();
-    let (mut seconds, mut started) = (Vec::new(), Instant::now());
-    generate(model, &prompt, steps + 2, Sampling::default(), &[], device, |_| {
-        seconds.push(started.elapsed().as_secs_f64());
-        started = Instant::now();
-        true
-    })?;
-    Ok(seconds.split_off(2))
-}
-
-/// A field of `/proc/self/status` in MiB.
-fn resident(field: &str) -> Outcome<f64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|l| l.starts_with(field)).ok_or("no such field")?;
-    let kib: f64 = line.split_whitespace().nth(1).ok_or("no value")?.parse()?;
-    Ok(kib / 1024.0)
+/// The word for a value on the command line.
+fn value_name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }

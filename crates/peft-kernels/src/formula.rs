@@ -35,9 +35,13 @@ impl<B: Backend> Float<B> {
         self.clone() * self
     }
 
+    pub(crate) fn root(self) -> Self {
+        Self(B::float_sqrt(self.0))
+    }
+
     /// `1 / √x`
     pub(crate) fn inverse_root(self) -> Self {
-        Self(B::float_recip(B::float_sqrt(self.0)))
+        Self(B::float_recip(self.root().0))
     }
 
     /// The sum over a dimension, which stays with length one.

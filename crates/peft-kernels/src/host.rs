@@ -13,7 +13,7 @@ use rayon::prelude::*;
 pub(crate) use product::Matrix;
 
 /// Values of a piece of work that another thread may take: enough to be worth waking it.
-const PIECE: usize = 16 * 1024;
+pub(crate) const PIECE: usize = 16 * 1024;
 
 /// A backend whose floats are slices in memory.
 pub(crate) trait Host: Backend {

@@ -10,6 +10,7 @@
 )]
 
 mod activate;
+mod adamw;
 mod attention;
 mod cross_entropy;
 mod formula;
@@ -22,6 +23,7 @@ mod record;
 mod rope;
 
 pub use activate::{ActivateOps, Nonlinearity, activate, gated};
+pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
 pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};

@@ -20,7 +20,7 @@ use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{
     Host, Matrix,
-    product::{Threads, Write, product},
+    product::{Threads, Write, new_product, product},
 };
 use crate::packed::without_autodiff;
 use crate::record::{give, record};
@@ -258,9 +258,9 @@ mod native {
     ) -> (FloatTensor<B>, FloatTensor<B>) {
         let shape = Shape::new([x.shape()[0], b.shape()[1]]);
         let inner = Shape::new([x.shape()[0], a.shape()[1]]);
-        let h = times::<B>(&B::matrix(&x), &B::matrix(&a), 1.0);
+        let h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0);
         let mut y = match weight {
-            WeightPrimitive::Dense(weight) => times::<B>(&B::matrix(&x), &B::matrix(&weight), 1.0),
+            WeightPrimitive::Dense(weight) => new_product(&B::matrix(&x), &B::matrix(&weight), 1.0),
             WeightPrimitive::Packed(packed) => B::into_values(B::packed_linear(x, packed)),
         };
         let factor = Matrix::contiguous(&*h, inner[0], inner[1]);
@@ -277,9 +277,9 @@ mod native {
     ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
         let (a_shape, b_shape, g_shape) = (Shape::new([x.shape()[1], h.shape()[1]]), b.shape(), h.shape());
         let (grad, x, h, b) = (B::matrix(&grad), B::matrix(&x), B::matrix(&h), B::matrix(&b));
-        let g = times::<B>(&grad, &b.transposed(), scale as f32);
-        let a_grad = times::<B>(&x.transposed(), &Matrix::contiguous(&*g, g_shape[0], g_shape[1]), 1.0);
-        let b_grad = times::<B>(&h.transposed(), &grad, scale as f32);
+        let g = new_product(&grad, &b.transposed(), scale as f32);
+        let a_grad = new_product(&x.transposed(), &Matrix::contiguous(&*g, g_shape[0], g_shape[1]), 1.0);
+        let b_grad = new_product(&h.transposed(), &grad, scale as f32);
         (B::tensor(a_grad, a_shape), B::tensor(b_grad, b_shape), B::tensor(g, g_shape))
     }
 
@@ -291,17 +291,11 @@ mod native {
     ) -> FloatTensor<B> {
         let shape = Shape::new([grad.shape()[0], a.shape()[0]]);
         let mut x_grad = match weight {
-            WeightPrimitive::Dense(weight) => times::<B>(&B::matrix(&grad), &B::matrix(&weight).transposed(), 1.0),
+            WeightPrimitive::Dense(weight) => new_product(&B::matrix(&grad), &B::matrix(&weight).transposed(), 1.0),
             WeightPrimitive::Packed(packed) => B::into_values(B::packed_linear_backward(grad, packed)),
         };
         add(&mut x_grad, &B::matrix(&g), &B::matrix(&a).transposed(), 1.0);
         B::tensor(x_grad, shape)
-    }
-
-    fn times<B: Host>(left: &Matrix<'_>, right: &Matrix<'_>, scale: f32) -> Vec<f32> {
-        let mut out = vec![0.0; left.rows * right.columns];
-        product((&mut out, right.columns), left, right, scale, Write::Replace, Threads::All);
-        out
     }
 
     fn add(out: &mut [f32], left: &Matrix<'_>, right: &Matrix<'_>, scale: f32) {

@@ -1,4 +1,4 @@
-//! The custom operations on the CPU: the path of their own on flex, the bodies of Burn's operations on ndarray.
+//! The custom operations on the CPU: in f32 the paths on slices, in every other type the bodies of Burn's operations.
 #![allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")]
 
 use burn::tensor::Device;

@@ -1,6 +1,7 @@
 //! The custom operations of `peft-kernels` on a device, against double precision.
 
 mod activate;
+mod adamw;
 mod attention;
 mod cross_entropy;
 mod low_rank;
@@ -30,6 +31,7 @@ pub fn operations() -> Vec<Operation> {
     let checks = [
         packed::checks(),
         activate::checks(),
+        adamw::checks(),
         norm::checks(),
         rope::checks(),
         attention::checks(),

@@ -1,19 +1,20 @@
-//! `burn-optim`'s AdamW over the trained parameters, with global-norm clipping and a state that outlives the process.
+//! AdamW over the trained parameters, with global-norm clipping and a state that outlives the process.
 //!
-//! The mathematics of a step is `burn-optim`'s. What is ours is the bookkeeping by parameter path: `ModuleOptimizer` keys its state by ids
-//! that a new process draws anew, restores it onto whatever device is the default one, and clips each parameter by itself.
+//! `burn-optim` is not used: its `ModuleOptimizer` keys its state by ids that a new process draws anew, restores it onto whatever device is the default one,
+//! and clips each parameter by itself; and its step goes through a parameter many times, where [`adamw`] goes once.
 
 use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::optim::{AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, GradientsParams, Optimizer};
+use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use peft_core::files::Values;
+use peft_core::kernels::{AdamW, AdamWStep, adamw};
 use peft_core::{ParamMapper, PathStack, map_params};
 
 use crate::loss::scalar;
 
-/// AdamW. Loshchilov and Hutter 2019, arXiv:1711.05101, with PyTorch's defaults: β = (0.9, 0.999), ε = 1e-8.
+/// AdamW with PyTorch's defaults: β = (0.9, 0.999), ε = 1e-8.
 pub(crate) struct Optimization {
     adamw: AdamW,
     moments: BTreeMap<String, Moments>,
@@ -35,7 +36,7 @@ pub(crate) struct Rates {
 
 impl Optimization {
     pub(crate) fn new(weight_decay: f64) -> Self {
-        let adamw = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(weight_decay as f32).build();
+        let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay };
         Self { adamw, moments: BTreeMap::new() }
     }
 
@@ -84,26 +85,25 @@ impl ParamMapper for Stepper<'_> {
         let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
         let path = at.path();
         let fast = at.locate().field.is_some_and(|field| self.rates.fast.contains(&field.as_str()));
-        let rate = self.rates.base * if fast { self.rates.plus } else { 1.0 };
-        let grad = if self.factor == 1.0 { grad } else { grad * self.factor };
-        let shape = grad.shape();
-        let state = self.optimization.moments.remove(&path).map(|m| {
-            let (first, second) = (m.first.reshape(shape.clone()), m.second.reshape(shape));
-            AdamWState::new(AdaptiveMomentumState::new(m.time, first, second))
+        let Optimization { adamw: settings, moments } = &mut *self.optimization;
+        let count = grad.shape().num_elements();
+        let Moments { time, first, second } = moments.remove(&path).unwrap_or_else(|| {
+            let zeros = || Tensor::zeros([count], (&grad.device(), grad.dtype()));
+            Moments { time: 0, first: zeros(), second: zeros() }
         });
-        let adamw = &self.optimization.adamw;
-        let mut new_state = None;
-        let param = param.map(|tensor| {
-            let (value, state) = adamw.step(rate, tensor.inner(), grad, state);
-            new_state = state;
-            Tensor::from_inner(value).require_grad()
-        });
-        if let Some(AdamWState { momentum: m }) = new_state {
-            let count = m.moment_1.shape().num_elements();
-            let (first, second) = (m.moment_1.reshape([count]), m.moment_2.reshape([count]));
-            self.optimization.moments.insert(path, Moments { time: m.time, first, second });
-        }
-        param
+        let step = AdamWStep {
+            adamw: *settings,
+            learning_rate: self.rates.base * if fast { self.rates.plus } else { 1.0 },
+            factor: self.factor,
+            time: time + 1,
+        };
+        param.map(|tensor| {
+            let shape = tensor.shape();
+            let (value, (first, second)) =
+                adamw(tensor.inner().reshape([count]), grad.reshape([count]), (first, second), step);
+            moments.insert(path, Moments { time: step.time, first, second });
+            Tensor::from_inner(value.reshape::<D, _>(shape)).require_grad()
+        })
     }
 }
 

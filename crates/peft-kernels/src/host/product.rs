@@ -67,27 +67,63 @@ pub(crate) fn product(
     write: Write,
     threads: Threads,
 ) {
-    let ((out, stride), (m, k, n)) = (out, (a.rows, a.columns, b.columns));
-    assert_eq!(k, b.rows, "inner dimension of a product");
-    assert!(a.fits() && b.fits(), "a factor is too short for its shape");
+    let ((out, stride), (m, n)) = (out, (a.rows, b.columns));
     assert!(m == 0 || n == 0 || (m - 1) * stride + n <= out.len() && n <= stride, "the product has no room");
-    if k == 0 && write == Write::Replace {
+    if a.columns == 0 && write == Write::Replace {
         out.chunks_mut(stride.max(1)).take(m).for_each(|row| row[..n].fill(0.0));
     }
+    // SAFETY: the rows fit into `out`, which is borrowed alone.
+    unsafe { multiply(out.as_mut_ptr(), stride, a, b, scale, write, threads) }
+}
+
+/// `scale·a·b` on all threads, in room that is not cleared first.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn new_product(a: &Matrix<'_>, b: &Matrix<'_>, scale: f32) -> Vec<f32> {
+    let len = a.rows * b.columns;
+    if a.columns == 0 {
+        return vec![0.0; len];
+    }
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: there is room for all rows, and with an inner dimension that is not zero each value is written.
+    unsafe {
+        multiply(out.as_mut_ptr(), b.columns, a, b, scale, Write::Replace, Threads::All);
+        out.set_len(len);
+    }
+    out
+}
+
+/// [`product`] into rows that lie apart, among those of others.
+///
+/// # Safety
+/// `out` must have room for the rows of the product, `stride` apart, which nobody else touches.
+pub(crate) unsafe fn multiply(
+    out: *mut f32,
+    stride: usize,
+    a: &Matrix<'_>,
+    b: &Matrix<'_>,
+    scale: f32,
+    write: Write,
+    threads: Threads,
+) {
+    /// Multiplications below which waking a thread costs more than it computes.
+    const ALONE: usize = 1 << 20;
+    let (m, k, n) = (a.rows, a.columns, b.columns);
+    assert_eq!(k, b.rows, "inner dimension of a product");
+    assert!(a.fits() && b.fits(), "a factor is too short for its shape");
     if m == 0 || n == 0 || k == 0 {
         return;
     }
-    // Below this, waking a thread costs more than it computes.
-    const ALONE: usize = 1 << 20;
     let alone = threads == Threads::This || m * n * k < ALONE;
     let parallelism = if alone { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
-    // SAFETY: both factors and the output were found long enough for their shapes, and `out` is borrowed alone.
+    // SAFETY: both factors were found long enough for their shapes; the output is by the caller's word.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
             stride as isize,
             write == Write::Add,
@@ -129,6 +165,9 @@ mod tests {
         let mut square = vec![0.0; 4];
         product((&mut square, 2), &a.transposed(), &a, 1.0, Write::Replace, Threads::All);
         assert_eq!(square, [20.0, 26.0, 26.0, 35.0]);
+        assert_eq!(new_product(&a.transposed(), &a, 1.0), square);
+        let nothing = Matrix::contiguous(vec![], 2, 0);
+        assert_eq!(new_product(&nothing, &nothing.transposed(), 1.0), [0.0; 4]);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use rayon::prelude::*;
 
 use super::unpack::{Scales, View};
 use super::{Floats, PackedLayout, Primitive, ScaleKind};
+use crate::host::Matrix;
+use crate::host::product::{Threads, Write, multiply};
 
 /// Values of a tile: with the packed copy that the product makes, it stays in the second cache.
 const TILE: usize = 64 * 1024;
@@ -38,17 +40,17 @@ pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
 pub(super) fn linear(x: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     let PackedLayout { d_out, d_in, .. } = packed.layout;
     let product = if x.layout().shape()[0] <= FEW_ROWS { few_rows } else { tiles };
-    multiply(x, packed, d_in, d_out, product)
+    in_f32(x, packed, d_in, d_out, product)
 }
 
 /// `dy·W`.
 pub(super) fn linear_backward(grad: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     let PackedLayout { d_out, d_in, .. } = packed.layout;
-    multiply(grad, packed, d_out, d_in, backward_tiles)
+    in_f32(grad, packed, d_out, d_in, backward_tiles)
 }
 
 /// A product of `x` `[rows, inner]`, computed in f32, into `[rows, width]` of its type.
-fn multiply(
+fn in_f32(
     x: FlexTensor,
     packed: &Primitive<Flex>,
     inner: usize,
@@ -59,7 +61,9 @@ fn multiply(
     assert_eq!(x.layout().shape()[..], [rows, inner], "packed product: shape of the input");
     let x = cast(x, DType::F32).to_contiguous();
     let mut out = FlexTensor::zeros(Shape::new([rows, width]), DType::F32);
-    with_view(packed, |view| product(x.storage(), rows, view, out.storage_mut()));
+    if rows > 0 {
+        with_view(packed, |view| product(x.storage(), rows, view, out.storage_mut()));
+    }
     cast(out, dtype)
 }
 
@@ -86,14 +90,16 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
+    let x = Matrix::contiguous(x, rows, d_in);
     each_part(d_out, view.layout(), |part| {
         let mut tile = vec![0.0; most * d_in];
         for start in part.clone().step_by(most) {
             let count = most.min(part.end - start);
             let tile = &mut tile[..count * d_in];
             view.unpack(start * d_in, tile);
+            let tile = Matrix::contiguous(&*tile, count, d_in);
             // SAFETY: the columns `start..start + count` are in this part only.
-            unsafe { gemm(rows, count, d_in, target.at(0, start), d_out, (x, d_in, 1), (tile, 1, d_in), false) };
+            unsafe { multiply(target.at(0, start), d_out, &x, &tile.transposed(), 1.0, Write::Replace, Threads::This) };
         }
     });
 }
@@ -111,11 +117,11 @@ fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
             for (o, row) in tile[..count * width].chunks_exact_mut(width.max(1)).enumerate() {
                 view.unpack((start + o) * d_in + part.start, row);
             }
-            let (grad, tile) = (&grad[start..], &tile[..count * width]);
+            let grad = Matrix::strided(&grad[start..], rows, count, d_out);
+            let tile = Matrix::contiguous(&tile[..count * width], count, width);
+            let write = if start == 0 { Write::Replace } else { Write::Add };
             // SAFETY: the columns of `part` are in this part only.
-            unsafe {
-                gemm(rows, width, count, target.at(0, part.start), d_in, (grad, d_out, 1), (tile, width, 1), start > 0);
-            };
+            unsafe { multiply(target.at(0, part.start), d_in, &grad, &tile, 1.0, write, Threads::This) };
         }
     });
 }
@@ -150,55 +156,6 @@ impl Columns {
     unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
         // SAFETY: by the caller's word.
         unsafe { self.out.add(row * self.stride + column) }
-    }
-}
-
-/// `out[m, n] = a[m, k]·b[k, n]` on this thread, added to what is there with `add`; a factor comes with the strides of its rows and columns.
-///
-/// # Safety
-/// `out` must have room for `m` rows of `n` values, `stride` apart, which nobody else touches.
-#[allow(clippy::too_many_arguments, reason = "what a product is made of")]
-unsafe fn gemm(
-    m: usize,
-    n: usize,
-    k: usize,
-    out: *mut f32,
-    stride: usize,
-    a: (&[f32], usize, usize),
-    b: (&[f32], usize, usize),
-    add: bool,
-) {
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
-    let inside = |(values, row, column): (&[f32], usize, usize), rows: usize, columns: usize| {
-        (rows - 1) * row + (columns - 1) * column < values.len()
-    };
-    assert!(inside(a, m, k) && inside(b, k, n), "a factor is too short");
-    let (a, b) = ((a.0.as_ptr(), a.1 as isize, a.2 as isize), (b.0.as_ptr(), b.1 as isize, b.2 as isize));
-    // SAFETY: the factors were checked, the output is by the caller's word.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            stride as isize,
-            add,
-            a.0,
-            a.2,
-            a.1,
-            b.0,
-            b.2,
-            b.1,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
     }
 }
 

@@ -1,0 +1,155 @@
+//! What is measured on our side.
+
+use std::path::Path;
+use std::time::Instant;
+
+use burn::module::{Lora, Module, ParamGroup};
+use burn::optim::{AdamWConfig, GradientsParams};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use clap::ValueEnum;
+use peft_core::{Peft, Targets};
+use peft_lora::LoraConfig;
+use peft_models::config::ModelConfig;
+use peft_models::export::{Dtype, save_model};
+use peft_models::load::Packing;
+use peft_models::{CausalLm, Layout, ModelSource, Pretrained, Sampling, generate};
+use peft_quant::Quantization;
+use serde_json::{Value, json};
+
+use crate::plain::PlainLlama;
+use crate::{Backend, Outcome, Setup};
+
+pub(crate) const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+pub(crate) const HIDDEN: usize = 576;
+pub(crate) const HEADS: usize = 9;
+pub(crate) const KV_HEADS: usize = 3;
+pub(crate) const INTERMEDIATE: usize = 1536;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Side {
+    /// LoRA through the activation seam
+    Lora,
+    /// The same over NF4 with double quantisation
+    Packed,
+    /// The same model and update of Burn's own operations
+    Plain,
+    /// The same model under Burn's `apply_lora`
+    ApplyLora,
+    /// A token at a time over f32
+    Decode,
+    /// A token at a time over NF4
+    DecodePacked,
+}
+
+impl Side {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "lora",
+            Self::Packed => "packed",
+            Self::Plain => "plain",
+            Self::ApplyLora => "apply-lora",
+            Self::Decode => "decode",
+            Self::DecodePacked => "decode-packed",
+        }
+    }
+
+    /// Median seconds of a step or a token, and the peak of resident memory above the start.
+    pub(crate) fn measure(self, setup: &Setup, dir: &Path) -> Outcome<Value> {
+        let before = resident("VmRSS")?;
+        let device = match setup.backend {
+            Backend::Flex => Device::flex(),
+            #[allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")]
+            Backend::Ndarray => Device::ndarray(),
+            #[cfg(feature = "vulkan")]
+            Backend::Vulkan => Device::vulkan(burn::tensor::DeviceKind::DefaultDevice),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda => Device::cuda(0),
+        };
+        let train = device.clone().autodiff();
+        let load = |packing: &Packing, device: &Device| -> Outcome<CausalLm> {
+            Ok(Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, device)?.model)
+        };
+        let nf4 = Packing::Quantize(Quantization::default());
+        let adapted = |base: CausalLm| -> Outcome<CausalLm> {
+            let config = LoraConfig::new(setup.rank, Targets::modules(PROJECTIONS));
+            Ok(base.attach(&config.with_alpha(2.0 * setup.rank as f64))?)
+        };
+        let mut seconds = match self {
+            Self::Lora => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss),
+            Self::Packed => steps(adapted(load(&nf4, &train)?)?, setup, loss),
+            Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss),
+            Self::ApplyLora => {
+                let group = ParamGroup::from_regex(r"_proj\.base\.weight$").map_err(|e| format!("{e:?}"))?;
+                let lora = Lora::new(setup.rank, 2.0 * setup.rank as f64).set_param_group(group);
+                let model = PlainLlama::new(setup, None, &train).apply_lora(lora);
+                steps(model, setup, PlainLlama::loss)
+            }
+            Self::Decode => decode(&load(&Packing::Dense, &device)?, setup.steps, &device)?,
+            Self::DecodePacked => decode(&load(&nf4, &device)?, setup.steps, &device)?,
+        };
+        seconds.sort_by(f64::total_cmp);
+        let median = seconds[seconds.len() / 2];
+        Ok(json!({ "median_s": median, "rss_growth_mb": resident("VmHWM")? - before }))
+    }
+}
+
+/// The model with random weights, as a Hugging Face directory: every side reads it, so that loading is part of its memory.
+pub(crate) fn write_model(setup: &Setup, dir: &Path) -> Outcome<()> {
+    let config = json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": setup.vocab,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": setup.layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": true, "hidden_act": "silu",
+    });
+    let model = CausalLm::new(&ModelConfig::from_json(&config, dir)?, &Device::flex());
+    Ok(save_model(&model, &config, None, Dtype::F32, dir)?)
+}
+
+fn loss(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> Tensor<1> {
+    model.scores(model.hidden(ids, Layout::Rows, None).flatten(0, 1), targets).losses.mean()
+}
+
+/// Seconds of each step, the first two left out.
+fn steps<M: Module>(
+    mut model: M,
+    setup: &Setup,
+    loss: impl Fn(&M, Tensor<2, Int>, Tensor<1, Int>) -> Tensor<1>,
+) -> Vec<f64> {
+    let Setup { batch, seq, vocab, steps, .. } = *setup;
+    let device = model.devices().into_iter().next().unwrap_or_else(Device::flex).without_autodiff();
+    let mut optim = AdamWConfig::new().init();
+    let tokens: Vec<i64> = (0..batch * (seq + 1)).map(|i| (i * 2_654_435_761 % vocab) as i64).collect();
+    let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [batch, seq + 1]), &device);
+    let (ids, targets) = (tokens.clone().narrow(1, 0, seq), tokens.narrow(1, 1, seq).reshape([batch * seq]));
+    let mut seconds = Vec::new();
+    for _ in 0..steps + 2 {
+        let started = Instant::now();
+        let loss = loss(&model, ids.clone(), targets.clone());
+        let grads = GradientsParams::from_grads(loss.clone().backward(), &model);
+        model = optim.step(1e-4, model, grads);
+        // Reading it waits for the device.
+        drop(loss.into_data());
+        seconds.push(started.elapsed().as_secs_f64());
+    }
+    seconds.split_off(2)
+}
+
+/// Seconds of each of `steps` tokens after a prompt of 16 and two more.
+fn decode(model: &CausalLm, steps: usize, device: &Device) -> Outcome<Vec<f64>> {
+    let prompt: Vec<u32> = (1..=16).collect();
+    let (mut seconds, mut started) = (Vec::new(), Instant::now());
+    generate(model, &prompt, steps + 2, Sampling::default(), &[], device, |_| {
+        seconds.push(started.elapsed().as_secs_f64());
+        started = Instant::now();
+        true
+    })?;
+    Ok(seconds.split_off(2))
+}
+
+/// A field of `/proc/self/status` in MiB.
+fn resident(field: &str) -> Outcome<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|l| l.starts_with(field)).ok_or("no such field")?;
+    let kib: f64 = line.split_whitespace().nth(1).ok_or("no value")?.parse()?;
+    Ok(kib / 1024.0)
+}

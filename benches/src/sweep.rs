@@ -1,0 +1,147 @@
+//! How time and memory grow, as a picture.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use crate::side::{Side, write_model};
+use crate::{Outcome, Runner, Setup};
+
+#[derive(Args)]
+pub(crate) struct Sweep {
+    #[command(flatten)]
+    setup: Setup,
+    /// A Python with torch, transformers and peft
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Where the picture goes
+    #[arg(long, value_name = "FILE.svg")]
+    out: PathBuf,
+}
+
+/// What is varied, what is drawn over it, and how a result becomes that.
+struct Question {
+    title: &'static str,
+    of: &'static str,
+    values: &'static [usize],
+    vary: fn(&Setup, usize) -> Setup,
+    /// From the setup, the seconds of a step, and MiB.
+    answer: fn(&Setup, f64, f64) -> f64,
+}
+
+const QUESTIONS: [Question; 4] = [
+    Question {
+        title: "Tokens a second against threads",
+        of: "threads",
+        values: &[1, 2],
+        vary: |setup, threads| Setup { threads, ..setup.clone() },
+        answer: |setup, seconds, _| tokens(setup) / seconds,
+    },
+    Question {
+        title: "Tokens a second against rank",
+        of: "rank",
+        values: &[4, 16, 64, 256],
+        vary: |setup, rank| Setup { rank, ..setup.clone() },
+        answer: |setup, seconds, _| tokens(setup) / seconds,
+    },
+    Question {
+        title: "Milliseconds a token against the length of the sequence",
+        of: "tokens of one row",
+        values: LENGTHS,
+        vary: one_row,
+        answer: |setup, seconds, _| 1e3 * seconds / tokens(setup),
+    },
+    Question {
+        title: "MiB above the start against the length of the sequence",
+        of: "tokens of one row",
+        values: LENGTHS,
+        vary: one_row,
+        answer: |_, _, mib| mib,
+    },
+];
+
+const LENGTHS: &[usize] = &[256, 512, 1024, 2048];
+
+fn one_row(setup: &Setup, seq: usize) -> Setup {
+    Setup { batch: 1, seq, ..setup.clone() }
+}
+
+fn tokens(setup: &Setup) -> f64 {
+    (setup.batch * setup.seq) as f64
+}
+
+/// A line of a chart.
+struct Line {
+    name: &'static str,
+    points: Vec<(f64, f64)>,
+}
+
+impl Sweep {
+    pub(crate) fn run(&self) -> Outcome<()> {
+        let model = tempfile::tempdir()?;
+        write_model(&self.setup, model.path())?;
+        let mut sides = vec![("lora", Runner::Ours(Side::Lora)), ("apply-lora", Runner::Ours(Side::ApplyLora))];
+        if let Some(python) = &self.python {
+            sides.push(("torch+peft", Runner::Python { python, flags: &[] }));
+        }
+        let mut charts = Vec::new();
+        // The two about the length ask of the same runs.
+        let mut known: Vec<(&str, String, f64, f64)> = Vec::new();
+        for question in &QUESTIONS {
+            let mut lines: Vec<Line> = sides.iter().map(|(name, _)| Line { name, points: Vec::new() }).collect();
+            for value in question.values {
+                let setup = (question.vary)(&self.setup, *value);
+                let key = setup.flags().join(" ");
+                for ((name, runner), line) in sides.iter().zip(&mut lines) {
+                    if !known.iter().any(|(side, of, ..)| side == name && *of == key) {
+                        let result = runner.run(&setup, model.path())?;
+                        let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
+                        known.push((name, key.clone(), number("median_s"), number("rss_growth_mb")));
+                    }
+                    let found = known.iter().find(|(side, of, ..)| side == name && *of == key);
+                    let (.., seconds, mib) = found.ok_or("a side that was not run")?;
+                    let answer = (question.answer)(&setup, *seconds, *mib);
+                    println!("{}: {} {value}: {name} {answer:.2}", question.title, question.of);
+                    line.points.push((*value as f64, answer));
+                }
+            }
+            charts.push((question, lines));
+        }
+        Ok(draw(&self.out, &charts)?)
+    }
+}
+
+fn draw(out: &std::path::Path, charts: &[(&Question, Vec<Line>)]) -> Result<(), String> {
+    let root = SVGBackend::new(out, (960, 640)).into_drawing_area();
+    root.fill(&WHITE).map_err(|e| e.to_string())?;
+    for (area, (question, lines)) in root.split_evenly((2, 2)).iter().zip(charts) {
+        chart(area, question, lines).map_err(|e| e.to_string())?;
+    }
+    root.present().map_err(|e| e.to_string())
+}
+
+fn chart(
+    area: &DrawingArea<SVGBackend<'_>, Shift>,
+    question: &Question,
+    lines: &[Line],
+) -> Result<(), Box<dyn std::error::Error>> {
+    let highest = lines.iter().flat_map(|line| &line.points).map(|(_, y)| *y).fold(0.0, f64::max);
+    let last = question.values.last().copied().unwrap_or(1) as f64;
+    let mut chart = ChartBuilder::on(area)
+        .margin(12)
+        .caption(question.title, ("sans-serif", 16))
+        .x_label_area_size(34)
+        .y_label_area_size(52)
+        .build_cartesian_2d(0.0..1.05 * last, 0.0..1.1 * highest)?;
+    chart.configure_mesh().x_desc(question.of).light_line_style(BLACK.mix(0.05)).draw()?;
+    for (at, line) in lines.iter().enumerate() {
+        let color = [RGBColor(0x1f, 0x77, 0xb4), RGBColor(0xe6, 0x6a, 0x00), RGBColor(0x55, 0x55, 0x55)][at % 3];
+        let drawn = LineSeries::new(line.points.iter().copied(), color.stroke_width(2)).point_size(3);
+        let legend = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2));
+        chart.draw_series(drawn)?.label(line.name).legend(legend);
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.2)).draw()?;
+    Ok(())
+}
