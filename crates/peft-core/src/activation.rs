@@ -44,13 +44,24 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// `x·W + b + scale·(x·A)·B`, without anything dense beside what goes in and out: [`peft_kernels::low_rank_linear`].
-    pub fn low_rank(&self, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64) -> Tensor<2> {
+    /// `x·W + b + scale·(x·A)·B`; in one operation where the types are the same and the weight is frozen: [`peft_kernels::low_rank_linear`].
+    ///
+    /// `dropped` is what the update sees in place of `x`.
+    pub fn low_rank(
+        &self,
+        x: Tensor<2>,
+        dropped: Option<Tensor<2>>,
+        a: Tensor<2>,
+        b: Tensor<2>,
+        scale: f64,
+    ) -> Tensor<2> {
         let dense = self.weight.base();
         let weight = self.quantized().map_or(Weight::Dense(&dense), |quantized| Weight::Packed(quantized.packed()));
-        if x.dtype() != a.dtype() || dense.dtype() != a.dtype() || dense.is_require_grad() {
-            let (y, dtype) = (self.linear(x.clone()), x.dtype());
-            return y + (x.cast(a.dtype()).matmul(a) * scale).matmul(b).cast(dtype);
+        let alike = x.dtype() == a.dtype() && dense.dtype() == a.dtype();
+        if dropped.is_some() || !alike || dense.is_require_grad() {
+            let inner = dropped.unwrap_or_else(|| x.clone()).cast(a.dtype());
+            let dtype = x.dtype();
+            return self.linear(x) + (inner.matmul(a) * scale).matmul(b).cast(dtype);
         }
         let y = peft_kernels::low_rank_linear(x, weight, a, b, scale);
         match self.bias {

@@ -15,8 +15,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata as _, backend_extension};
 use burn::tensor::Tensor;
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{
     Host, fill, fill_both,
@@ -154,7 +154,7 @@ impl<B: ActivateOps, C: CheckpointStrategy> ActivateOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(ActivateOps {
+on_backends!(ActivateOps {
     fn activate(x: FloatTensor<Self>, f: Nonlinearity) -> FloatTensor<Self>, by [x];
     fn activate_backward(grad: FloatTensor<Self>, x: FloatTensor<Self>, f: Nonlinearity) -> FloatTensor<Self>, by [grad, x];
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, f: Nonlinearity) -> FloatTensor<Self>, by [gate, up];

@@ -9,8 +9,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{Host, PIECE, lanes::vectorized};
 
@@ -110,7 +110,7 @@ impl<B: AdamWOps, C: CheckpointStrategy> AdamWOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(AdamWOps {
+on_backends!(AdamWOps {
     fn adamw(
         value: FloatTensor<Self>,
         grad: FloatTensor<Self>,

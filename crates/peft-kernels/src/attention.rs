@@ -16,7 +16,7 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{Int, Tensor};
 
-use crate::host::host_operation;
+use crate::backends::on_backends;
 use crate::record::{give, record};
 
 /// Which keys a query may see.
@@ -51,7 +51,7 @@ pub enum Segments<B: Backend> {
     Autodiff
 )]
 pub trait AttentionOps: Backend {
-    /// `o` `[batch, seq, heads, head_dim]` and `L` `[batch, kv_heads, group · seq]`.
+    /// `o` `[batch, seq, heads, head_dim]` and `L` `[batch, kv_heads, group · seq]`, whose rows each backend orders as it likes.
     #[fusion(default)]
     fn attend(
         q: FloatTensor<Self>,
@@ -159,6 +159,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         }
 
         let ((q, q_node), (k, k_node), (v, v_node)) = (q.into_parts(), k.into_parts(), v.into_parts());
+        // The same on both: integers are never tracked.
         let segments = match segments {
             Segments::One => Segments::One,
             Segments::Several(segments) => Segments::Several(segments),
@@ -174,7 +175,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(AttentionOps {
+on_backends!(AttentionOps {
     fn attend(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,

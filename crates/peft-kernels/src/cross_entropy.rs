@@ -16,8 +16,8 @@ use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, Dispatch, TensorMetadata as _, backend_extension};
 use burn::tensor::{Int, Shape, Slice, Tensor};
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{
     Host, Matrix,
@@ -152,7 +152,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>, smoothing: f64)
     Scores { losses: losses.mask_fill(targets.lower_elem(0), 0.0).flatten(0, 1), best }
 }
 
-host_operation!(CrossEntropyOps {
+on_backends!(CrossEntropyOps {
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,

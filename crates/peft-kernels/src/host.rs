@@ -41,37 +41,6 @@ pub(crate) trait Host: Backend {
     }
 }
 
-/// Implements an operation on every backend but autodiff: on those of this machine's memory by the function of the module `native` that has the method's
-/// name, on tensors `by` which it is able to compute; else, and on CubeCL's, by that of the module `plain`.
-macro_rules! host_operation {
-    ($operation:ident { $(fn $method:ident($($name:ident: $type:ty),* $(,)?) -> $output:ty, by [$($by:ident),*];)* }) => {
-        $crate::host::host_operation!(@backend "flex" (burn::backend::Flex) $operation {
-            $(fn $method($($name: $type),*) -> $output, by [$($by),*];)*
-        });
-        $crate::host::host_operation!(@backend "ndarray" (burn::backend::NdArray) $operation {
-            $(fn $method($($name: $type),*) -> $output, by [$($by),*];)*
-        });
-
-        #[cfg(feature = "cube")]
-        impl $operation for burn_cubecl::CubeBackend {}
-    };
-    (@backend $feature:literal ($backend:ty) $operation:ident {
-        $(fn $method:ident($($name:ident: $type:ty),*) -> $output:ty, by [$($by:ident),*];)*
-    }) => {
-        #[cfg(feature = $feature)]
-        impl $operation for $backend {
-            $(fn $method($($name: $type),*) -> $output {
-                if <Self as $crate::host::Host>::computes(&[$(&$by),*]) {
-                    native::$method::<Self>($($name),*)
-                } else {
-                    plain::$method::<Self>($($name),*)
-                }
-            })*
-        }
-    };
-}
-pub(crate) use host_operation;
-
 /// Fills `out` piece by piece on all threads; `width` values belong together.
 pub(crate) fn fill(out: &mut [f32], width: usize, work: impl Fn(Range<usize>, &mut [f32]) + Sync) {
     let width = width.max(1);

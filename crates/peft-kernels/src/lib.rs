@@ -1,8 +1,12 @@
-//! Custom operations, each with a body that runs on every backend, a path for the CPU, a kernel for GPUs, and one test that holds all of them
-//! against double precision.
+//! Custom operations, each with a body that runs on every backend, a path for the CPU, a kernel for GPUs where it pays, a gradient that keeps
+//! inputs and little else, and one test that holds all of them against double precision.
 //!
-//! - [`marker_module`]: fields that say something to visitors.
+//! - [`low_rank_linear`]: a linear layer with its low-rank update.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
+//! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
+//! - [`linear_cross_entropy`]: the output head and its loss, without all logits.
+//! - [`adamw`]: the optimizer's step.
+//! - [`marker_module`]: fields that say something to visitors.
 
 #![cfg_attr(
     feature = "ndarray",
@@ -12,8 +16,10 @@
 mod activate;
 mod adamw;
 mod attention;
+mod backends;
 mod cross_entropy;
 mod formula;
+#[cfg(feature = "host")]
 mod host;
 mod low_rank;
 mod marker;

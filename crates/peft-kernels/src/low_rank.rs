@@ -15,8 +15,8 @@ use burn::backend::{
 };
 use burn::tensor::Tensor;
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{
     Host, Matrix,
@@ -171,7 +171,7 @@ impl<B: LowRankOps, C: CheckpointStrategy> LowRankOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(LowRankOps {
+on_backends!(LowRankOps {
     fn low_rank(
         x: FloatTensor<Self>,
         weight: WeightPrimitive<Self>,

@@ -13,8 +13,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata as _, backend_extension};
 use burn::tensor::{Shape, Tensor};
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{
     Host, fill,
@@ -125,7 +125,7 @@ impl<B: NormOps, C: CheckpointStrategy> NormOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(NormOps {
+on_backends!(NormOps {
     fn norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self>, by [x, gamma];
     fn norm_backward(
         grad: FloatTensor<Self>,

@@ -11,8 +11,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata as _, backend_extension};
 use burn::tensor::{Slice, Tensor};
 
+use crate::backends::on_backends;
 use crate::formula::Float;
-use crate::host::host_operation;
 #[cfg(feature = "host")]
 use crate::host::{Host, fill, lanes::vectorized};
 use crate::record::{give, record};
@@ -85,7 +85,7 @@ impl<B: RopeOps, C: CheckpointStrategy> RopeOps for Autodiff<B, C> {
     }
 }
 
-host_operation!(RopeOps {
+on_backends!(RopeOps {
     fn rope(x: FloatTensor<Self>, angles: FloatTensor<Self>, turn: Turn) -> FloatTensor<Self>, by [x, angles];
 });
 

@@ -308,29 +308,21 @@ impl Reparameterization for LoraAdapter {
     const NAME: &'static str = "lora";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let (shape, dtype) = (base.shape(), base.dtype());
-        let delta = self.delta();
+        let (shape, dtype, delta) = (base.shape(), base.dtype(), self.delta());
         (base.cast(delta.dtype()) + delta.reshape::<D, _>(shape)).cast(dtype)
     }
 }
 
 impl Activation for LoraAdapter {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2> {
-        let (a, b) = (self.a.val(), self.b.val());
-        let y = if self.dropout.prob > 0.0 && x.device().is_autodiff() {
-            let (y, dtype) = (base.linear(x.clone()), x.dtype());
-            let dropped = self.dropout.forward(x.cast(a.dtype()));
-            y + (dropped.matmul(a) * self.scale).matmul(b).cast(dtype)
-        } else {
-            base.low_rank(x, a, b, self.scale)
-        };
-        match &self.bias {
-            Some(bias) => {
-                let dtype = y.dtype();
-                y + (bias.val() * self.scale).cast(dtype).unsqueeze()
-            }
-            None => y,
+        let drops = self.dropout.prob > 0.0 && x.device().is_autodiff();
+        let dropped = drops.then(|| self.dropout.forward(x.clone()));
+        let mut y = base.low_rank(x, dropped, self.a.val(), self.b.val(), self.scale);
+        if let Some(bias) = &self.bias {
+            let bias = (bias.val() * self.scale).cast(y.dtype());
+            y = y + bias.unsqueeze();
         }
+        y
     }
 
     fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {
