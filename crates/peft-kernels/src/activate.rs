@@ -251,7 +251,7 @@ mod native {
                 &x_values[at],
                 #[inline(always)]
                 |i, y, _| out[i] = y,
-            )
+            );
         });
         B::tensor(out, x.shape())
     }
@@ -269,7 +269,7 @@ mod native {
                 &x[at],
                 #[inline(always)]
                 |i, _, slope| out[i] *= slope,
-            )
+            );
         });
         B::tensor(out, shape)
     }

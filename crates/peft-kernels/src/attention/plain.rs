@@ -25,7 +25,7 @@ pub(super) fn attend<B: Backend>(
     let e = (scores - highest.clone()).exp();
     let total = e.clone().sum(3);
     let log_sums = (total.clone().log() + highest).reshape(sums);
-    let o = (e / total).cast(dtype).matmul(heads.keys::<B>(v));
+    let o = (e / total).cast(dtype).matmul(Heads::keys::<B>(v));
     (heads.unfold(o).0, log_sums.reshape([heads.batch, heads.kv_heads, heads.rows()]).0)
 }
 
@@ -47,9 +47,9 @@ pub(super) fn attend_backward<B: Backend>(
     let (grad, o) = (heads.fold::<B>(grad), heads.fold::<B>(o));
     let along = (grad.clone() * o).sum(3).cast(p.dtype());
     let v_grad = p.clone().cast(dtype).swap(2, 3).matmul(grad.clone());
-    let p_grad = grad.matmul(heads.keys::<B>(v).swap(2, 3)).cast(p.dtype());
+    let p_grad = grad.matmul(Heads::keys::<B>(v).swap(2, 3)).cast(p.dtype());
     let score_grad = ((p_grad - along) * p * scale).cast(dtype);
-    let q_grad = score_grad.clone().matmul(heads.keys::<B>(k));
+    let q_grad = score_grad.clone().matmul(Heads::keys::<B>(k));
     let k_grad = score_grad.swap(2, 3).matmul(heads.fold::<B>(q));
     (heads.unfold(q_grad).0, k_grad.swap(1, 2).0, v_grad.swap(1, 2).0)
 }
@@ -87,7 +87,7 @@ impl Heads {
     }
 
     /// `[batch, total, kv_heads, head_dim]` to `[batch, kv_heads, total, head_dim]`
-    fn keys<B: Backend>(&self, k: FloatTensor<B>) -> Float<B> {
+    fn keys<B: Backend>(k: FloatTensor<B>) -> Float<B> {
         Float(k).swap(1, 2)
     }
 
@@ -102,7 +102,7 @@ impl Heads {
     ) -> Float<B> {
         let Self { batch, seq, total, kv_heads, group, .. } = *self;
         let hidden = self.hidden::<B>(&q, segments, sight);
-        let scores = (self.fold::<B>(q) * scale).matmul(self.keys::<B>(k).swap(2, 3));
+        let scores = (self.fold::<B>(q) * scale).matmul(Self::keys::<B>(k).swap(2, 3));
         let scores = if scores.dtype() == DType::F64 { scores } else { scores.cast(DType::F32) };
         let Some(hidden) = hidden else { return scores };
         let hidden = B::bool_expand(hidden, Shape::new([batch, kv_heads * group, seq, total]));
