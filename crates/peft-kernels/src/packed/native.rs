@@ -18,7 +18,7 @@ const TILE: usize = 64 * 1024;
 /// Up to this number of rows, a product is bound by reading the weight, and each row of it is unpacked and used at once.
 const FEW_ROWS: usize = 4;
 
-/// Parts of a product for each thread.
+/// Parts of a large product for each thread, so that none waits for long. A product of few rows has one: it is over sooner than a thread is woken twice.
 const PARTS: usize = 2;
 
 /// Values below which a product is not shared between threads.
@@ -76,7 +76,7 @@ fn few_rows(x: &[f32], _rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let x = view.arranged(x);
-    each_part(d_out, view.layout(), |part| {
+    each_part(d_out, view.layout(), 1, |part| {
         let mut room = vec![0.0; d_in];
         for o in part {
             // SAFETY: `o` is in this part only, and both are in range.
@@ -91,7 +91,7 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
     let x = Matrix::contiguous(x, rows, d_in);
-    each_part(d_out, view.layout(), |part| {
+    each_part(d_out, view.layout(), PARTS, |part| {
         let mut tile = vec![0.0; most * d_in];
         for start in part.clone().step_by(most) {
             let count = most.min(part.end - start);
@@ -108,7 +108,7 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
 fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_in };
-    each_part(d_in, view.layout(), |part| {
+    each_part(d_in, view.layout(), PARTS, |part| {
         let width = part.len();
         let most = (TILE / width.max(1)).clamp(1, d_out.max(1));
         let mut tile = vec![0.0; most * width];
@@ -126,9 +126,9 @@ fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     });
 }
 
-/// Splits `0..columns` between the threads, some parts for each, so that none waits for long; small matrices are not split.
-fn each_part(columns: usize, layout: PackedLayout, work: impl Fn(std::ops::Range<usize>) + Sync) {
-    let parts = if layout.len() < SHARED_FROM { 1 } else { PARTS * rayon::current_num_threads() };
+/// Splits `0..columns` between the threads, `parts` for each; small matrices are not split.
+fn each_part(columns: usize, layout: PackedLayout, parts: usize, work: impl Fn(std::ops::Range<usize>) + Sync) {
+    let parts = if layout.len() < SHARED_FROM { 1 } else { parts * rayon::current_num_threads() };
     // Whole vectors for each part, as long as there are enough columns.
     let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
     let part = |at: usize| at * size..((at + 1) * size).min(columns);
