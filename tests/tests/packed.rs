@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::scan;
-use peft_models::load::Packing;
+use peft_models::load::{Packing, Precision};
 use peft_models::quantize::save_packed;
 use peft_models::{CausalLm, ModelSource, Pretrained};
 use peft_quant::{Code, Format, Quantization};
@@ -16,7 +16,7 @@ fn testdata(path: &str) -> PathBuf {
 }
 
 fn model(dir: &Path, packing: &Packing) -> CausalLm {
-    Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, &Device::flex()).unwrap().model
+    Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, Precision::F32, &Device::flex()).unwrap().model
 }
 
 fn logits(model: &CausalLm, golden: &Golden) -> Vec<f64> {

@@ -11,6 +11,7 @@ use peft_models::load::Packing;
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
 
+use crate::model::FrozenType;
 use crate::rows::assignments;
 use crate::settings::{Init, Settings};
 use crate::{Error, Result};
@@ -185,6 +186,9 @@ fn merge_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
 }
 
 fn loftq(settings: &Settings) -> Result<LoftQ> {
+    if settings.precision != FrozenType::F32 {
+        return Err(Error::usage("--init loftq: packing makes up for weights in f32", "--precision f32"));
+    }
     let stored = if settings.packing.unpack { Packing::Dense } else { Packing::AsStored };
     match settings.packing.packing()? {
         Packing::Quantize(quantization) | Packing::Requantize(quantization) => {

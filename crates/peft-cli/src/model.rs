@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use peft_core::files::{TENSOR_FILE, read_values};
 use peft_core::{LayerKind, Targets};
-use peft_models::load::Packing;
+use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, ModelSource, Pretrained};
+use serde::{Deserialize, Serialize};
 
 use crate::packing::PackingArgs;
 use crate::{Error, Result, methods};
@@ -20,9 +21,32 @@ pub struct ModelArgs {
     /// Folder with `adapter_config.json` and `adapter_model.safetensors`, as `peft train` or Hugging Face PEFT writes it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Type of the frozen matrices and of the products with them; sums and all else are f32
+    #[arg(long, value_enum, default_value_t, value_name = "TYPE")]
+    pub precision: FrozenType,
     /// In which form the model comes into memory
     #[command(flatten)]
     pub packing: PackingArgs,
+}
+
+/// The type of frozen matrices, by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrozenType {
+    /// 32 bits
+    #[default]
+    F32,
+    /// bfloat16: half the memory, and fast where the processor multiplies it
+    Bf16,
+}
+
+impl From<FrozenType> for Precision {
+    fn from(kind: FrozenType) -> Self {
+        match kind {
+            FrozenType::F32 => Self::F32,
+            FrozenType::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 impl ModelArgs {
@@ -31,7 +55,7 @@ impl ModelArgs {
     /// # Errors
     /// When either cannot be read, or they do not fit each other.
     pub fn load(&self, device: &Device) -> Result<Pretrained> {
-        let mut pretrained = load(&self.model, &self.packing.packing()?, device)?;
+        let mut pretrained = load(&self.model, &self.packing.packing()?, self.precision.into(), device)?;
         if let Some(adapter) = &self.adapter {
             pretrained.model = methods::of_adapter(adapter)?.load(for_adapter(pretrained.model, adapter)?, adapter)?;
         }
@@ -43,9 +67,9 @@ impl ModelArgs {
 ///
 /// # Errors
 /// When there is no such model or it cannot be read.
-pub fn load(name: &str, packing: &Packing, device: &Device) -> Result<Pretrained> {
+pub fn load(name: &str, packing: &Packing, precision: Precision, device: &Device) -> Result<Pretrained> {
     let source: ModelSource = name.parse()?;
-    Ok(Pretrained::load_with(&source, packing, device)?)
+    Ok(Pretrained::load_with(&source, packing, precision, device)?)
 }
 
 /// Refuses a folder that is one of `sources`, or holds a model and must not be overwritten.

@@ -12,6 +12,7 @@ use peft_train::{Schedule, TrainConfig};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
+use crate::model::FrozenType;
 use crate::packing::PackingArgs;
 use crate::{Error, Result};
 
@@ -35,6 +36,9 @@ pub struct Settings {
     #[arg(skip)]
     pub device: Option<String>,
 
+    /// Type of the frozen matrices and of the products with them; sums, adapters and optimizer are f32
+    #[arg(long, value_enum, default_value_t, value_name = "TYPE")]
+    pub precision: FrozenType,
     /// In which form the model comes into memory
     #[command(flatten)]
     #[serde(flatten)]

@@ -5,7 +5,7 @@ use std::sync::RwLock;
 
 use burn::module::Param;
 use burn::nn::{Embedding, Linear};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
 use crate::{Method, Quantized};
@@ -34,10 +34,17 @@ pub struct Base<'a> {
 impl<'a> Base<'a> {
     /// `x·W + b`, `[rows, d_in]` to `[rows, d_out]`.
     pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
-        let Some(quantized) = self.quantized() else {
-            return burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val));
+        let y = match self.quantized() {
+            Some(quantized) => quantized.packed().linear(x),
+            None if self.weight.base().dtype() == x.dtype() => {
+                return burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val));
+            }
+            None => product(x, self.weight.base()),
         };
-        let y = quantized.packed().linear(x);
+        self.biased(y)
+    }
+
+    fn biased(&self, y: Tensor<2>) -> Tensor<2> {
         match self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
@@ -57,17 +64,14 @@ impl<'a> Base<'a> {
     ) -> Tensor<2> {
         let dense = self.weight.base();
         let weight = self.quantized().map_or(Weight::Dense(&dense), |quantized| Weight::Packed(quantized.packed()));
-        let alike = x.dtype() == a.dtype() && dense.dtype() == a.dtype();
+        let mixed = dense.dtype() == DType::BF16 && x.dtype() == DType::F32;
+        let alike = x.dtype() == a.dtype() && (dense.dtype() == a.dtype() || mixed);
         if dropped.is_some() || !alike || dense.is_require_grad() {
             let inner = dropped.unwrap_or_else(|| x.clone()).cast(a.dtype());
             let dtype = x.dtype();
             return self.linear(x) + (inner.matmul(a) * scale).matmul(b).cast(dtype);
         }
-        let y = peft_kernels::low_rank_linear(x, weight, a, b, scale);
-        match self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
-        }
+        self.biased(peft_kernels::low_rank_linear(x, weight, a, b, scale))
     }
 
     /// The rows `ids` of `W`, `[rows]` to `[rows, d_model]`.
@@ -119,8 +123,13 @@ pub fn linear_with<const D: usize>(
     let forward: &dyn Fn(Tensor<2>) -> Tensor<2> = match (base.adapter(), base.quantized()) {
         (Some(Some(adapter)), _) => &|x| adapter.linear(x, &base),
         (None, Some(_)) => &|x| base.linear(x),
+        (None, None) if weight.base().dtype() != x.dtype() => &|x| base.linear(x),
         // A plain weight, or an adapter that has its weight form only.
-        _ => return burn::tensor::module::linear(x, weight.val(), bias.map(Param::val)),
+        _ => {
+            let (weight, dtype) = (weight.val(), x.dtype());
+            let bias = bias.map(|bias| bias.val().cast(weight.dtype()));
+            return burn::tensor::module::linear(x.cast(weight.dtype()), weight, bias).cast(dtype);
+        }
     };
     let mut dims = x.dims();
     let d_in = dims[D - 1];
@@ -128,6 +137,21 @@ pub fn linear_with<const D: usize>(
     let y = forward(x.reshape([rows, d_in])); // [rows, d_out]
     dims[D - 1] = y.dims()[1];
     y.reshape(dims)
+}
+
+/// `x·W` in the type of `x`: a frozen weight of another type goes through [`peft_kernels::mixed_linear`], one that is trained is multiplied in its own.
+///
+/// # Shapes
+/// `x`: `[rows, d_in]`; `weight`: `[d_in, d_out]`; result `[rows, d_out]`
+pub fn product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    let dtype = x.dtype();
+    if dtype == weight.dtype() {
+        x.matmul(weight)
+    } else if weight.is_require_grad() {
+        x.cast(weight.dtype()).matmul(weight).cast(dtype)
+    } else {
+        peft_kernels::mixed_linear(x, weight)
+    }
 }
 
 /// A bias-free output head through the activation seam, and the cross-entropy of its logits with targets; where the head is neither adapted nor packed, the

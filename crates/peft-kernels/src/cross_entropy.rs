@@ -20,7 +20,7 @@ use crate::backends::on_backends;
 use crate::formula::Float;
 #[cfg(feature = "host")]
 use crate::host::{
-    Host, Matrix,
+    Factor, Host, Matrix,
     lanes::{exp, max, sum, vectorized},
     product::{Threads, Write, product},
 };
@@ -75,6 +75,8 @@ pub struct Scores {
 
 /// The cross-entropy of `x·W` with targets, without ever holding all logits.
 ///
+/// The weight may be of another type than `x`: see [`mixed_linear`](crate::mixed_linear).
+///
 /// # Shapes
 /// `x`: `[tokens, width]`; `weight`: `[width, vocab]`; `targets`: `[tokens]`, negative ones are left out
 ///
@@ -119,8 +121,9 @@ impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, 
                 let State { x_grad, x, weight, targets, smoothing } = ops.state;
                 let grad = grads.consume::<B>(&ops.node);
                 if let Some(node) = weight_node {
+                    let dtype = weight.dtype();
                     let weight = B::linear_cross_entropy_weight(grad.clone(), x, weight, targets, smoothing);
-                    grads.register::<B>(node.id, weight);
+                    grads.register::<B>(node.id, Float::<B>(weight).cast(dtype).0);
                 }
                 let each = Float::<B>(grad).reshape([x_grad.shape()[0], 1]);
                 give::<B>(grads, x_node.map(|node| node.id), (Float(x_grad) * each).0);
@@ -204,7 +207,7 @@ mod plain {
             losses.push(loss.fill(rows.ignored.clone(), 0.0).reshape([count]).cast(dtype).0);
             if gradient {
                 let weight = B::float_swap_dims(weight.clone(), 0, 1);
-                x_grads.push(B::float_matmul(rows.gradient(smoothing).cast(dtype).0, weight));
+                x_grads.push(rows.gradient(smoothing).cast(dtype).times_frozen(Float(weight)).0);
             }
         }
         let x_grad = match x_grads.is_empty() {
@@ -246,8 +249,8 @@ mod plain {
         fn new(chunk: &Range<usize>, x: &FloatTensor<B>, weight: &FloatTensor<B>, targets: &IntTensor<B>) -> Self {
             let bools = get_or_init_device_settings::<B>(&x.device()).bool_dtype;
             let rows = Slice::from(chunk.clone());
-            let z = B::float_matmul(B::float_slice(x.clone(), &[rows, Slice::full()]), weight.clone());
-            let z = Float::<B>(z).cast(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
+            let x_rows = Float::<B>(B::float_slice(x.clone(), &[rows, Slice::full()]));
+            let z = x_rows.times_frozen(Float(weight.clone())).cast(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
             let column = B::int_reshape(B::int_slice(targets.clone(), &[rows]), Shape::new([chunk.len(), 1]));
             let ignored = B::int_lower_elem(column.clone(), 0.into(), bools);
             Self { z, target: B::int_clamp_min(column, 0.into()), ignored }
@@ -291,14 +294,13 @@ mod native {
         gradient: bool,
     ) -> (FloatTensor<B>, IntTensor<B>, FloatTensor<B>) {
         let ([tokens, width], ints) = ([x.shape()[0], x.shape()[1]], targets.dtype().into());
-        let (x, weight, targets) = (B::values(&x), B::matrix(&weight), B::ints(targets));
+        let (x, weight, targets) = (B::values(&x), B::factor(&weight), B::ints(targets));
         let mut scores = vec![Score::default(); tokens];
         let mut x_grad = vec![0.0; if gradient { tokens * width } else { 0 }];
         let places = |chunk: &Range<usize>| chunk.start * width..chunk.end * width;
         each_chunk(&x, &weight, &targets, smoothing, &mut scores, |chunk, z_grad| {
             if gradient {
-                let out = &mut x_grad[places(&chunk)];
-                product((out, width), z_grad, &weight.transposed(), 1.0, Write::Replace, Threads::All);
+                weight.transposed().apply(&mut x_grad[places(&chunk)], z_grad);
             }
         });
         let losses = scores.iter().map(|score| score.loss).collect();
@@ -319,15 +321,16 @@ mod native {
         smoothing: f64,
     ) -> FloatTensor<B> {
         let (shape, width) = (weight.shape(), x.shape()[1]);
-        let (grad, x, weight, targets) = (B::values(&grad), B::values(&x), B::matrix(&weight), B::ints(targets));
+        let (grad, x, weight, targets) = (B::values(&grad), B::values(&x), B::factor(&weight), B::ints(targets));
         // The gradient of a loss scales its row, that of the input here.
         let scaled: Vec<f32> =
             x.chunks_exact(width).zip(&*grad).flat_map(|(x, g)| x.iter().map(move |x| x * g)).collect();
-        let mut out = vec![0.0; width * weight.columns];
+        let vocab = shape[1];
+        let mut out = vec![0.0; width * vocab];
         let mut scores = vec![Score::default(); targets.len()];
         each_chunk(&x, &weight, &targets, smoothing, &mut scores, |chunk, z_grad| {
             let x = Matrix::contiguous(&scaled[chunk.start * width..chunk.end * width], chunk.len(), width);
-            product((&mut out, weight.columns), &x.transposed(), z_grad, 1.0, Write::Add, Threads::All);
+            product((&mut out, vocab), &x.transposed(), z_grad, 1.0, Write::Add, Threads::All);
         });
         B::tensor(out, shape)
     }
@@ -335,19 +338,19 @@ mod native {
     /// Scores all tokens, and shows the gradient of the logits of each chunk.
     fn each_chunk(
         x: &[f32],
-        weight: &Matrix<'_>,
+        weight: &Factor<'_>,
         targets: &[i64],
         smoothing: f64,
         scores: &mut [Score],
         mut work: impl FnMut(Range<usize>, &Matrix<'_>),
     ) {
-        let (width, vocab) = (weight.rows, weight.columns);
+        let [width, vocab] = weight.dims();
         let mut logits = Vec::new();
         for chunk in chunks(targets.len(), vocab) {
             let count = chunk.len();
             logits.resize(count * vocab, 0.0);
             let x = Matrix::contiguous(&x[chunk.start * width..chunk.end * width], count, width);
-            product((&mut logits, vocab), &x, weight, 1.0, Write::Replace, Threads::All);
+            weight.apply(&mut logits, &x);
             rows(&mut logits, &mut scores[chunk.clone()], &targets[chunk.clone()], smoothing as f32);
             work(chunk, &Matrix::contiguous(&*logits, count, vocab));
         }

@@ -63,6 +63,12 @@ impl<B: Backend> Float<B> {
         Self(B::float_matmul(self.0, other.0))
     }
 
+    /// The product with a frozen matrix that may be of another type: in that type, and back.
+    pub(crate) fn times_frozen(self, weight: Self) -> Self {
+        let dtype = self.dtype();
+        self.cast(weight.dtype()).matmul(weight).cast(dtype)
+    }
+
     pub(crate) fn swap(self, left: usize, right: usize) -> Self {
         Self(B::float_swap_dims(self.0, left, right))
     }

@@ -1,4 +1,6 @@
 //! Backends whose tensors lie in this machine's memory, and what their paths are made of: slices, threads, vector lanes, products.
+pub(crate) mod bfloat;
+mod factor;
 pub(crate) mod lanes;
 pub(crate) mod product;
 
@@ -10,6 +12,7 @@ use burn::backend::{Backend, TensorMetadata as _};
 use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
+pub(crate) use factor::Factor;
 pub(crate) use product::Matrix;
 
 /// Values of a piece of work that another thread may take: enough to be worth waking it.
@@ -25,6 +28,11 @@ pub(crate) trait Host: Backend {
 
     /// A matrix as it lies, transposed or not.
     fn matrix(tensor: &FloatTensor<Self>) -> Matrix<'_>;
+
+    /// A frozen matrix as it lies, in f32 or bfloat16.
+    fn factor(tensor: &FloatTensor<Self>) -> Factor<'_> {
+        Factor::Single(Self::matrix(tensor))
+    }
 
     /// A tensor of these values.
     fn tensor(values: Vec<f32>, shape: Shape) -> FloatTensor<Self>;
@@ -71,6 +79,18 @@ mod flex {
 
     use super::*;
 
+    fn as_it_lies<T: Clone>(tensor: &FlexTensor, storage: fn(&FlexTensor) -> &[T]) -> Matrix<'_, T> {
+        let layout = tensor.layout();
+        let [rows, columns] = layout.shape()[..] else { panic!("a matrix of two dimensions") };
+        match *layout.strides() {
+            [row, column] if row >= 0 && column >= 0 && (row == 1 || column == 1) => {
+                let values = Cow::Borrowed(&storage(tensor)[layout.start_offset()..]);
+                Matrix { values, rows, columns, row: row as usize, column: column as usize }
+            }
+            _ => Matrix::contiguous(storage(&tensor.to_contiguous()).to_vec(), rows, columns),
+        }
+    }
+
     impl Host for Flex {
         fn values(tensor: &FlexTensor) -> Cow<'_, [f32]> {
             match tensor.as_slice::<f32>() {
@@ -84,14 +104,13 @@ mod flex {
         }
 
         fn matrix(tensor: &FlexTensor) -> Matrix<'_> {
-            let layout = tensor.layout();
-            let [rows, columns] = layout.shape()[..] else { panic!("a matrix of two dimensions") };
-            match layout.strides() {
-                [row, column] if *row >= 0 && *column >= 0 => {
-                    let values = Cow::Borrowed(&tensor.storage::<f32>()[layout.start_offset()..]);
-                    Matrix { values, rows, columns, row: *row as usize, column: *column as usize }
-                }
-                _ => Matrix::contiguous(Self::values(tensor), rows, columns),
+            as_it_lies(tensor, FlexTensor::storage)
+        }
+
+        fn factor(tensor: &FlexTensor) -> Factor<'_> {
+            match tensor.dtype() {
+                DType::BF16 => Factor::Half(as_it_lies(tensor, FlexTensor::storage)),
+                _ => Factor::Single(Self::matrix(tensor)),
             }
         }
 

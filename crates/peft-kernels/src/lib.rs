@@ -2,6 +2,7 @@
 //! inputs and little else, and one test that holds all of them against double precision.
 //!
 //! - [`low_rank_linear`]: a linear layer with its low-rank update.
+//! - [`mixed_linear`]: a linear layer over a frozen weight in bfloat16, with sums in f32.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 //! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
 //! - [`linear_cross_entropy`]: the output head and its loss, without all logits.
@@ -23,6 +24,7 @@ mod formula;
 mod host;
 mod low_rank;
 mod marker;
+mod mixed;
 mod norm;
 mod packed;
 mod record;
@@ -33,6 +35,7 @@ pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
 pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
+pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};
 pub use packed::{BlockScales, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScaleKind};
 pub use rope::{RopeOps, Turn, rope};

@@ -90,7 +90,7 @@ pub trait LowRankOps: PackedOps {
     }
 }
 
-/// `x·W + scale·(x·A)·B`, where the weight has no gradient.
+/// `x·W + scale·(x·A)·B`, where the weight has no gradient. A dense weight may be of another type than the rest: see [`mixed_linear`](crate::mixed_linear).
 ///
 /// # Shapes
 /// `x`: `[rows, d_in]`; `a`: `[d_in, rank]`; `b`: `[rank, d_out]`; result `[rows, d_out]`
@@ -207,7 +207,7 @@ mod plain {
     ) -> (FloatTensor<B>, FloatTensor<B>) {
         let h = B::float_matmul(x.clone(), a);
         let y = match weight {
-            WeightPrimitive::Dense(weight) => B::float_matmul(x, weight),
+            WeightPrimitive::Dense(weight) => Float::<B>(x).times_frozen(Float(weight)).0,
             WeightPrimitive::Packed(packed) => B::packed_linear(x, packed),
         };
         // The scale goes where the tensor is smallest.
@@ -235,7 +235,7 @@ mod plain {
         a: FloatTensor<B>,
     ) -> FloatTensor<B> {
         let base = match weight {
-            WeightPrimitive::Dense(weight) => B::float_matmul(grad, B::float_swap_dims(weight, 0, 1)),
+            WeightPrimitive::Dense(weight) => Float::<B>(grad).times_frozen(Float(weight).swap(0, 1)).0,
             WeightPrimitive::Packed(packed) => B::packed_linear_backward(grad, packed),
         };
         (Float::<B>(base) + Float(g).matmul(Float(a).swap(0, 1))).0
@@ -260,7 +260,7 @@ mod native {
         let inner = Shape::new([x.shape()[0], a.shape()[1]]);
         let h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0);
         let mut y = match weight {
-            WeightPrimitive::Dense(weight) => new_product(&B::matrix(&x), &B::matrix(&weight), 1.0),
+            WeightPrimitive::Dense(weight) => B::factor(&weight).applied_to(&B::matrix(&x)),
             WeightPrimitive::Packed(packed) => B::into_values(B::packed_linear(x, packed)),
         };
         let factor = Matrix::contiguous(&*h, inner[0], inner[1]);
@@ -291,7 +291,7 @@ mod native {
     ) -> FloatTensor<B> {
         let shape = Shape::new([grad.shape()[0], a.shape()[0]]);
         let mut x_grad = match weight {
-            WeightPrimitive::Dense(weight) => new_product(&B::matrix(&grad), &B::matrix(&weight).transposed(), 1.0),
+            WeightPrimitive::Dense(weight) => B::factor(&weight).transposed().applied_to(&B::matrix(&grad)),
             WeightPrimitive::Packed(packed) => B::into_values(B::packed_linear_backward(grad, packed)),
         };
         add(&mut x_grad, &B::matrix(&g), &B::matrix(&a).transposed(), 1.0);

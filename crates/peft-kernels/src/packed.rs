@@ -149,6 +149,9 @@ pub struct PackedMatrix {
     floats: Param<Tensor<1>>,
     #[module(skip)]
     scales: ScaleKind,
+    /// Whether products are those of factors in bfloat16.
+    #[module(skip)]
+    half: bool,
     layout: PackedLayout,
 }
 
@@ -256,8 +259,15 @@ impl PackedMatrix {
             numbers: Param::initialized(ParamId::new(), numbers),
             floats: Param::initialized(ParamId::new(), floats).set_require_grad(false),
             scales: kind,
+            half: false,
             layout,
         }
+    }
+
+    /// The same matrix, but products round both factors to bfloat16 and add up in f32: what QLoRA calls the compute type.
+    #[must_use]
+    pub fn in_bf16(self) -> Self {
+        Self { half: true, ..self }
     }
 
     /// The shape, and how the numbers lie.
@@ -294,6 +304,7 @@ impl PackedMatrix {
             numbers: self.numbers.val().without_autodiff().into_dispatch(),
             floats: self.floats.val().without_autodiff().into_dispatch(),
             scales: self.scales,
+            half: self.half,
             layout: self.layout,
         }
     }

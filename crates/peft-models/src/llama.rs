@@ -7,7 +7,7 @@ use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy, rms_norm};
-use peft_core::{AdapterAware, cross_entropy, embedding, linear};
+use peft_core::{AdapterAware, cross_entropy, embedding, linear, product};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
@@ -110,7 +110,8 @@ impl Llama {
         let past = cache.as_ref().map_or(0, |c| c.len());
         let rope = Some((&config.rope, config.head_dim));
         let pass = Pass::new(layout, past, seq, rope, &ids.device());
-        let mut x = embedding(&self.model.embed_tokens, ids);
+        // Tables may be in 16 bits, activations never.
+        let mut x = embedding(&self.model.embed_tokens, ids).cast(self.model.norm.gamma.val().dtype());
         for (at, layer) in self.model.layers.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let attended = layer.self_attn.forward(norm(&layer.input_layernorm, x.clone()), config, &pass, at, cache);
@@ -125,7 +126,7 @@ impl Llama {
         match &self.lm_head {
             Some(head) => linear(head, hidden),
             // As in `transformers`, an adapter on the embedding does not act on the tied head.
-            None => hidden.matmul(self.model.embed_tokens.weight.base().transpose()),
+            None => product(hidden, self.model.embed_tokens.weight.base().transpose()),
         }
     }
 

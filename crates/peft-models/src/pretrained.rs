@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::gguf::Gguf;
-use crate::load::{Packing, load_weights};
+use crate::load::{Packing, Precision, load_weights};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::weights::Weights;
 use crate::{CausalLm, Error, Result, tiny};
@@ -163,14 +163,14 @@ impl Pretrained {
     /// When a file is missing, malformed or does not fit its configuration; when the architecture is not supported; when the hub cannot be
     /// reached.
     pub fn load(source: &ModelSource, device: &Device) -> Result<Self> {
-        Self::load_with(source, &Packing::AsStored, device)
+        Self::load_with(source, &Packing::AsStored, Precision::F32, device)
     }
 
-    /// [`load`](Self::load) with linear layers in the form that `packing` says.
+    /// [`load`](Self::load) with linear layers in the form that `packing` says, and what is dense in `precision`.
     ///
     /// # Errors
-    /// As [`load`](Self::load); and when a weight cannot be packed.
-    pub fn load_with(source: &ModelSource, packing: &Packing, device: &Device) -> Result<Self> {
+    /// As [`load`](Self::load); and when a weight cannot be packed, or the device does not have the precision.
+    pub fn load_with(source: &ModelSource, packing: &Packing, precision: Precision, device: &Device) -> Result<Self> {
         let files = source.open()?;
         let config = files.model_config()?;
         let tied = config.is_tied();
@@ -180,7 +180,7 @@ impl Pretrained {
                 [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
             buffer || (tied && name == "lm_head.weight")
         };
-        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), packing, ignored)?;
+        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), packing, precision, ignored)?;
         Ok(Self { model, files })
     }
 

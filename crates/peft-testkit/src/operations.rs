@@ -5,6 +5,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod low_rank;
+mod mixed;
 mod norm;
 mod packed;
 mod rope;
@@ -37,6 +38,7 @@ pub fn operations() -> Vec<Operation> {
         attention::checks(),
         cross_entropy::checks(),
         low_rank::checks(),
+        mixed::checks(),
     ];
     checks.into_iter().flatten().collect()
 }

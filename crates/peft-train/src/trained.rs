@@ -7,7 +7,7 @@ use peft_core::{AdapterFile, Method, Strictness};
 use peft_models::CausalLm;
 use peft_models::checkpoint::Checkpoint;
 use peft_models::export::save_model;
-use peft_models::load::{Packing, load_weights};
+use peft_models::load::{Packing, Precision, load_weights};
 use peft_models::tokenizer::Tokenizer;
 use serde_json::Value;
 
@@ -85,6 +85,6 @@ impl Trained for WholeModel {
     }
 
     fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
-        Ok(load_weights(model, &Checkpoint::open(dir)?, &Packing::Dense, |_| false)?)
+        Ok(load_weights(model, &Checkpoint::open(dir)?, &Packing::Dense, Precision::F32, |_| false)?)
     }
 }

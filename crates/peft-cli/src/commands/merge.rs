@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use peft_core::scan;
 
 use peft_models::export::{Dtype, rewrite, save_model};
-use peft_models::load::{HfTensor, Packing, export_weights};
+use peft_models::load::{HfTensor, Packing, Precision, export_weights};
 use peft_models::weights::Weights;
 use peft_models::{Origin, Pretrained};
 use peft_quant::{LayerTruth, Quantization, merge_truth};
@@ -76,7 +76,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         }
         (Packing::AsStored | Packing::Dense, _) => (packing.clone(), None),
     };
-    let mut pretrained = load(&args.model, &loaded, &device)?;
+    let mut pretrained = load(&args.model, &loaded, Precision::F32, &device)?;
     let tied = pretrained.model.config().is_tied();
     let model = for_adapter(pretrained.model, &args.adapter)?;
     let untied = tied && !model.config().is_tied();
@@ -115,7 +115,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
 
 /// What packing loses beside what the adapter adds. `None` for an adapter that belongs to the packed weights and has no meaning on the model's own.
 fn truth(args: &Args, quantization: &Quantization, device: &Device) -> Result<Option<Vec<LayerTruth>>> {
-    let base = for_adapter(load(&args.model, &Packing::Dense, device)?.model, &args.adapter)?;
+    let base = for_adapter(load(&args.model, &Packing::Dense, Precision::F32, device)?.model, &args.adapter)?;
     match methods::of_adapter(&args.adapter)?.merge(base.clone(), &args.adapter) {
         Ok(merged) => Ok(Some(merge_truth(&base, &merged, quantization)?)),
         Err(Error::Adapter(peft_core::Error::Base { .. })) => Ok(None),

@@ -15,6 +15,7 @@ use peft_train::{Evaluation, Outcome, Record, Summary, read_metrics, train};
 use serde_json::json;
 
 use crate::methods::Adaptation;
+use crate::model::FrozenType;
 use crate::output::{Output, before_after, bytes, evaluation, quoted, thousands};
 use crate::rows::{self, Reading, report_json};
 use crate::settings::{FILE, Init, Settings};
@@ -61,7 +62,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let device = device::open(name)?.autodiff();
     let data = Data::read(&settings)?;
 
-    let mut pretrained = model::load(settings.model()?, &method.packing(settings.packing.packing()?), &device)?;
+    let mut pretrained = model::load(settings.model()?, &method.packing(settings.packing.packing()?), settings.precision.into(), &device)?;
     check_targets(&pretrained.model, method.as_ref())?;
     let total = pretrained.model.trainable().total;
     let adapted = method.attach(model::for_targets(pretrained.model, method.targets())?, settings.seed)?;
@@ -249,12 +250,13 @@ fn tell(summary: &Summary, pretrained: &Pretrained, data: &Data, settings: &Sett
     if summary.outcome == Outcome::Interrupted {
         return screen.field("resume", format_args!("peft train --out {out} --resume"));
     }
+    let bf16 = if settings.precision == FrozenType::Bf16 { " --precision bf16" } else { "" };
     let model = quoted(&pretrained.files.name) + &settings.packing.flags();
     // What belongs to the packed weights cannot be merged into others.
     let into = if settings.init == Init::Loftq { " --into unpacked" } else { "" };
     let prompt =
         if data.is_chat() && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
-    screen.field("next", format_args!("peft generate --model {model} --adapter {out} {prompt} \"…\""))?;
+    screen.field("next", format_args!("peft generate --model {model}{bf16} --adapter {out} {prompt} \"…\""))?;
     screen.field("", format_args!("peft merge --model {model}{into} --adapter {out} --out merged"))
 }
 

@@ -2,35 +2,36 @@
 #![allow(unsafe_code, reason = "the library takes pointers; shapes are checked here")]
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// A matrix in memory: value `(r, c)` lies at `r · row + c · column`.
 #[derive(Clone, Debug)]
-pub(crate) struct Matrix<'a> {
-    pub(crate) values: Cow<'a, [f32]>,
+pub(crate) struct Matrix<'a, T: Clone = f32> {
+    pub(crate) values: Cow<'a, [T]>,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     pub(crate) row: usize,
     pub(crate) column: usize,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T: Clone> Matrix<'a, T> {
     /// Rows one after the other.
-    pub(crate) fn contiguous(values: impl Into<Cow<'a, [f32]>>, rows: usize, columns: usize) -> Self {
+    pub(crate) fn contiguous(values: impl Into<Cow<'a, [T]>>, rows: usize, columns: usize) -> Self {
         Self { values: values.into(), rows, columns, row: columns, column: 1 }
     }
 
     /// Rows that begin `row` values apart.
-    pub(crate) fn strided(values: &'a [f32], rows: usize, columns: usize, row: usize) -> Self {
+    pub(crate) fn strided(values: &'a [T], rows: usize, columns: usize, row: usize) -> Self {
         Self { values: Cow::Borrowed(values), rows, columns, row, column: 1 }
     }
 
     /// The transpose of the same values.
-    pub(crate) fn transposed(&self) -> Matrix<'_> {
+    pub(crate) fn transposed(&self) -> Matrix<'_, T> {
         let Self { values, rows, columns, row, column } = self;
         Matrix { values: Cow::Borrowed(values), rows: *columns, columns: *rows, row: *column, column: *row }
     }
 
-    fn fits(&self) -> bool {
+    pub(crate) fn fits(&self) -> bool {
         self.rows == 0
             || self.columns == 0
             || (self.rows - 1) * self.row + (self.columns - 1) * self.column < self.values.len()
@@ -140,6 +141,41 @@ pub(crate) unsafe fn multiply(
             false,
             parallelism,
         );
+    }
+}
+
+/// Splits the columns of a product with `values` values between the threads, `parts` for each; small matrices are not split.
+pub(crate) fn each_part(columns: usize, values: usize, parts: usize, work: impl Fn(Range<usize>) + Sync) {
+    /// Values below which a product is not shared between threads.
+    const SHARED_FROM: usize = 1 << 18;
+    let parts = if values < SHARED_FROM { 1 } else { parts * rayon::current_num_threads() };
+    // Whole vectors for each part, as long as there are enough columns.
+    let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
+    let part = |at: usize| at * size..((at + 1) * size).min(columns);
+    let work = &work;
+    // This thread has a part too, and begins at once: decoding a token, waking another takes as long as a small product.
+    rayon::in_place_scope(|scope| {
+        (1..columns.div_ceil(size)).for_each(|at| scope.spawn(move |_| work(part(at))));
+        work(part(0));
+    });
+}
+
+/// Where the threads write: each to other columns of a matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    pub(crate) out: *mut f32,
+    pub(crate) stride: usize,
+}
+
+// SAFETY: no two threads get the same columns.
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// # Safety
+    /// The place must be in the matrix.
+    pub(crate) unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
+        // SAFETY: by the caller's word.
+        unsafe { self.out.add(row * self.stride + column) }
     }
 }
 

@@ -14,6 +14,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::{Floats, PackedLayout, PackedOps, Primitive, ScaleKind, nested_layout};
+use crate::formula;
 
 /// Up to this number of rows the weight is unpacked in the product itself: it is bound by reading the weight.
 const FEW_ROWS: usize = 4;
@@ -150,18 +151,20 @@ impl PackedOps for CubeBackend {
     }
 
     fn packed_linear(x: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
+        let dtype = packed.product_type(x.dtype);
         let packed = Flat::of(packed);
         if packed.takes_few_rows(&x) {
             packed.few_rows(x)
         } else {
-            let weight = packed.unpack(x.dtype);
-            Self::float_matmul(x, Self::float_swap_dims(weight, 0, 1))
+            let weight = formula::Float::<Self>(packed.unpack(dtype));
+            formula::Float(x).times_frozen(weight.swap(0, 1)).0
         }
     }
 
     fn packed_linear_backward(grad: FloatTensor<Self>, packed: Primitive<Self>) -> FloatTensor<Self> {
-        let weight = Flat::of(packed).unpack(grad.dtype);
-        Self::float_matmul(grad, weight)
+        let dtype = packed.product_type(grad.dtype);
+        let weight = formula::Float(Flat::of(packed).unpack(dtype));
+        formula::Float::<Self>(grad).times_frozen(weight).0
     }
 }
 
@@ -177,7 +180,7 @@ struct Flat {
 
 impl Flat {
     fn of(packed: Primitive<CubeBackend>) -> Self {
-        let Primitive { numbers, floats, scales, layout } = packed;
+        let Primitive { numbers, floats, scales, layout, .. } = packed;
         let (numbers, floats) = (into_contiguous(numbers), into_contiguous(floats));
         let found = Floats::of(layout, scales);
         let start = |place: std::ops::Range<usize>| place.start as u32;

@@ -5,12 +5,14 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, ops::FloatTensorOps as _};
 use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
+use half::bf16;
 use rayon::prelude::*;
 
 use super::unpack::{Scales, View};
 use super::{Floats, PackedLayout, Primitive, ScaleKind};
 use crate::host::Matrix;
-use crate::host::product::{Threads, Write, multiply};
+use crate::host::bfloat::{self, Runs};
+use crate::host::product::{Columns, Threads, Write, each_part, multiply};
 
 /// Values of a tile: with the packed copy that the product makes, it stays in the second cache.
 const TILE: usize = 64 * 1024;
@@ -20,9 +22,6 @@ const FEW_ROWS: usize = 4;
 
 /// Parts of a large product for each thread, so that none waits for long. A product of few rows has one: it is over sooner than a thread is woken twice.
 const PARTS: usize = 2;
-
-/// Values below which a product is not shared between threads.
-const SHARED_FROM: usize = 1 << 18;
 
 /// The dense matrix `[d_out, d_in]`.
 pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
@@ -39,14 +38,18 @@ pub(super) fn unpack(packed: &Primitive<Flex>) -> FloatTensor<Flex> {
 /// `x·Wᵀ`.
 pub(super) fn linear(x: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     let PackedLayout { d_out, d_in, .. } = packed.layout;
-    let product = if x.layout().shape()[0] <= FEW_ROWS { few_rows } else { tiles };
+    let product = match x.layout().shape()[0] {
+        ..=FEW_ROWS => few_rows,
+        _ if packed.half => half_linear,
+        _ => tiles,
+    };
     in_f32(x, packed, d_in, d_out, product)
 }
 
 /// `dy·W`.
 pub(super) fn linear_backward(grad: FloatTensor<Flex>, packed: &Primitive<Flex>) -> FloatTensor<Flex> {
     let PackedLayout { d_out, d_in, .. } = packed.layout;
-    in_f32(grad, packed, d_out, d_in, backward_tiles)
+    in_f32(grad, packed, d_out, d_in, if packed.half { half_backward } else { backward_tiles })
 }
 
 /// A product of `x` `[rows, inner]`, computed in f32, into `[rows, width]` of its type.
@@ -76,7 +79,7 @@ fn few_rows(x: &[f32], _rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let x = view.arranged(x);
-    each_part(d_out, view.layout(), 1, |part| {
+    each_part(d_out, view.layout().len(), 1, |part| {
         let mut room = vec![0.0; d_in];
         for o in part {
             // SAFETY: `o` is in this part only, and both are in range.
@@ -91,7 +94,7 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
     let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
     let x = Matrix::contiguous(x, rows, d_in);
-    each_part(d_out, view.layout(), PARTS, |part| {
+    each_part(d_out, view.layout().len(), PARTS, |part| {
         let mut tile = vec![0.0; most * d_in];
         for start in part.clone().step_by(most) {
             let count = most.min(part.end - start);
@@ -108,7 +111,7 @@ fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
 fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_in };
-    each_part(d_in, view.layout(), PARTS, |part| {
+    each_part(d_in, view.layout().len(), PARTS, |part| {
         let width = part.len();
         let most = (TILE / width.max(1)).clamp(1, d_out.max(1));
         let mut tile = vec![0.0; most * width];
@@ -126,36 +129,30 @@ fn backward_tiles(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     });
 }
 
-/// Splits `0..columns` between the threads, `parts` for each; small matrices are not split.
-fn each_part(columns: usize, layout: PackedLayout, parts: usize, work: impl Fn(std::ops::Range<usize>) + Sync) {
-    let parts = if layout.len() < SHARED_FROM { 1 } else { parts * rayon::current_num_threads() };
-    // Whole vectors for each part, as long as there are enough columns.
-    let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
-    let part = |at: usize| at * size..((at + 1) * size).min(columns);
-    let work = &work;
-    // This thread has a part too, and begins at once: decoding a token, waking another takes as long as a small product.
-    rayon::in_place_scope(|scope| {
-        (1..columns.div_ceil(size)).for_each(|at| scope.spawn(move |_| work(part(at))));
-        work(part(0));
-    });
+/// `x·Wᵀ` of factors in bfloat16.
+fn half_linear(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
+    let PackedLayout { d_out, d_in, .. } = view.layout();
+    let read = |start: usize, out: &mut [bf16]| unpack_half(view, start, out);
+    let weight = Runs { rows: d_in, columns: d_out, row: 1, column: d_in, read: &read };
+    bfloat::product(out, &Matrix::contiguous(x, rows, d_in), &weight);
 }
 
-/// Where the threads write: each to other columns of a matrix.
-#[derive(Clone, Copy)]
-struct Columns {
-    out: *mut f32,
-    stride: usize,
+/// `dy·W` of factors in bfloat16.
+fn half_backward(grad: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
+    let PackedLayout { d_out, d_in, .. } = view.layout();
+    let read = |start: usize, out: &mut [bf16]| unpack_half(view, start, out);
+    let weight = Runs { rows: d_out, columns: d_in, row: d_in, column: 1, read: &read };
+    bfloat::product(out, &Matrix::contiguous(grad, rows, d_out), &weight);
 }
 
-// SAFETY: no two threads get the same columns.
-unsafe impl Sync for Columns {}
-
-impl Columns {
-    /// # Safety
-    /// The place must be in the matrix.
-    unsafe fn at(&self, row: usize, column: usize) -> *mut f32 {
-        // SAFETY: by the caller's word.
-        unsafe { self.out.add(row * self.stride + column) }
+/// The values from `start` on, rounded.
+fn unpack_half(view: &View<'_>, start: usize, out: &mut [bf16]) {
+    const ROOM: usize = 256;
+    let mut room = [0.0; ROOM];
+    for (at, out) in out.chunks_mut(ROOM).enumerate() {
+        let room = &mut room[..out.len()];
+        view.unpack(start + at * ROOM, room);
+        bfloat::round(room, out);
     }
 }
 

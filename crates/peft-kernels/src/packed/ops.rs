@@ -16,6 +16,7 @@ use burn::backend::{Autodiff, AutodiffBackend as _, Backend, ExtensionType, Tens
 use burn::tensor::{DType, Shape, Slice};
 
 use super::{Floats, PackedLayout, ScaleKind, nested_layout};
+use crate::formula::Float;
 
 /// The tensors of a packed matrix on a backend.
 #[derive(Clone, Debug, ExtensionType)]
@@ -27,6 +28,8 @@ pub struct Primitive<B: Backend> {
     pub floats: FloatTensor<B>,
     /// How the scales are given.
     pub scales: ScaleKind,
+    /// Whether products are those of factors in bfloat16.
+    pub half: bool,
     /// The shape, and how the numbers lie.
     pub layout: PackedLayout,
 }
@@ -43,7 +46,7 @@ pub trait PackedOps: Backend {
     /// The dense matrix `[d_out, d_in]` in f32.
     #[fusion(meta = |packed: &PrimitiveMetadata| TensorSpec::new([packed.layout.d_out, packed.layout.d_in].into(), packed.floats.dtype))]
     fn packed_unpack(#[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
-        let Primitive { numbers, floats, scales, layout } = packed;
+        let Primitive { numbers, floats, scales, layout, .. } = packed;
         let places = Floats::of(layout, scales);
         let part = |place: Range<usize>| Self::float_slice(floats.clone(), &[Slice::from(place)]);
         let (words, mut each) = (layout.words(), part(places.scales));
@@ -63,21 +66,28 @@ pub trait PackedOps: Backend {
     #[fusion(meta = |x: &TensorSpec, packed: &PrimitiveMetadata| TensorSpec::new([x.shape[0], packed.layout.d_out].into(), x.dtype))]
     fn packed_linear(x: FloatTensor<Self>, #[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
         let weight = dense::<Self>(packed, x.dtype());
-        Self::float_matmul(x, Self::float_swap_dims(weight, 0, 1))
+        Float::<Self>(x).times_frozen(weight.swap(0, 1)).0
     }
 
     /// `dy·W`, `[rows, d_out]` to `[rows, d_in]`, in the type of `dy`.
     #[fusion(meta = |grad: &TensorSpec, packed: &PrimitiveMetadata| TensorSpec::new([grad.shape[0], packed.layout.d_in].into(), grad.dtype))]
     fn packed_linear_backward(grad: FloatTensor<Self>, #[extension_type] packed: Primitive<Self>) -> FloatTensor<Self> {
         let weight = dense::<Self>(packed, grad.dtype());
-        Self::float_matmul(grad, weight)
+        Float::<Self>(grad).times_frozen(weight).0
     }
 }
 
-/// The matrix in a type.
-fn dense<B: PackedOps>(packed: Primitive<B>, dtype: DType) -> FloatTensor<B> {
-    let dense = B::packed_unpack(packed);
-    if dense.dtype() == dtype { dense } else { B::float_cast(dense, dtype.into()) }
+impl<B: Backend> Primitive<B> {
+    /// The type in which a product with a tensor of `dtype` is computed.
+    pub(crate) fn product_type(&self, dtype: DType) -> DType {
+        if self.half && dtype == DType::F32 { DType::BF16 } else { dtype }
+    }
+}
+
+/// The matrix in the type of products with tensors of `dtype`.
+fn dense<B: PackedOps>(packed: Primitive<B>, dtype: DType) -> Float<B> {
+    let dtype = packed.product_type(dtype);
+    Float(B::packed_unpack(packed)).cast(dtype)
 }
 
 /// The values of packed numbers in one row.
@@ -162,6 +172,6 @@ impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
 
 /// The tensors without autodiff.
 pub(crate) fn without_autodiff<B: Backend, C: CheckpointStrategy>(packed: Primitive<Autodiff<B, C>>) -> Primitive<B> {
-    let Primitive { numbers, floats, scales, layout } = packed;
-    Primitive { numbers, floats: floats.into_primitive(), scales, layout }
+    let Primitive { numbers, floats, scales, half, layout } = packed;
+    Primitive { numbers, floats: floats.into_primitive(), scales, half, layout }
 }

@@ -1,0 +1,272 @@
+//! Matrix products whose factors are rounded to 16 bits (bfloat16) and whose sums stay in f32.
+//!
+//! The frozen factor is read run by run, so it may be dense or packed. Each thread puts a block of it into the order of the processor's own instructions
+//! (AMX tiles, or AVX-512 BF16) and multiplies all rows by it; a processor with neither multiplies the same rounded numbers in f32.
+#![allow(unsafe_code, reason = "products into disjoint columns of one output; instructions that the processor is asked for before")]
+
+#[cfg(target_arch = "x86_64")]
+mod blocks;
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::lanes::vectorized;
+use super::product::{Columns, Matrix, Threads, Write, each_part, multiply};
+
+/// Sides of a block of the frozen factor: in 16 bits and once more in order, it stays in the second cache.
+const BLOCK_ROWS: usize = 512;
+const BLOCK_COLUMNS: usize = 128;
+
+/// Rows, columns and inner dimension that come in whole units: two tiles of 16 rows each way, and 32 numbers in a tile's row.
+const UNIT: usize = 32;
+
+/// Up to this number of rows, reading the factor takes longer than multiplying by it.
+const FEW_ROWS: usize = 4;
+
+/// Parts for each thread.
+const PARTS: usize = 2;
+
+/// A frozen factor: value `(r, c)` lies at `r · row + c · column`, and one of the strides is one.
+pub(crate) struct Runs<'a> {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) row: usize,
+    pub(crate) column: usize,
+    /// The values from a place on, as they lie.
+    pub(crate) read: &'a (dyn Fn(usize, &mut [bf16]) + Sync),
+}
+
+/// Who multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Engine {
+    /// Tiles of the processor.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// Pairs of numbers in vectors.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// The same order in plain Rust, to test it where there is nothing better.
+    #[cfg(all(test, target_arch = "x86_64"))]
+    Blocks,
+    /// Numbers in f32, by the library.
+    Widened,
+}
+
+impl Engine {
+    /// The fastest on this machine for so many rows.
+    fn of(rows: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        match () {
+            () if rows <= FEW_ROWS => {}
+            () if blocks::has_amx() => return Self::Amx,
+            () if blocks::has_avx512() => return Self::Avx512,
+            () => {}
+        }
+        let _ = rows;
+        Self::Widened
+    }
+}
+
+/// `out = x·W` of `x` and `W` rounded to bfloat16.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn product(out: &mut [f32], x: &Matrix<'_>, weight: &Runs<'_>) {
+    product_by(Engine::of(x.rows), out, x, weight);
+}
+
+fn product_by(engine: Engine, out: &mut [f32], x: &Matrix<'_>, weight: &Runs<'_>) {
+    let (m, k, n) = (x.rows, weight.rows, weight.columns);
+    assert!(x.columns == k && x.fits() && out.len() == m * n, "product of [{m}, {}] and [{k}, {n}]", x.columns);
+    assert!(weight.row == 1 || weight.column == 1, "a factor that can be read in runs");
+    if k == 0 {
+        out.fill(0.0);
+    }
+    if out.is_empty() || k == 0 {
+        return;
+    }
+    let target = Columns { out: out.as_mut_ptr(), stride: n };
+    match engine {
+        Engine::Widened => {
+            let mut rows = vec![0.0; m * k];
+            each_row(x, &mut rows, k, |x| f32::from_bits(u32::from(rounded(x)) << 16));
+            let rows = Matrix::contiguous(rows, m, k);
+            each_part(n, k * n, PARTS, |part| widened(target, &rows, weight, part));
+        }
+        #[cfg(target_arch = "x86_64")]
+        _ => {
+            let (m_whole, k_whole) = (m.next_multiple_of(UNIT), k.next_multiple_of(UNIT));
+            let mut rows = vec![0; m_whole * k_whole];
+            each_row(x, &mut rows[..m * k_whole], k_whole, rounded);
+            each_part(n, k * n, PARTS, |part| ordered(engine, target, (&rows, m), weight, part));
+        }
+    }
+}
+
+/// The numbers of each row, `width` apart.
+fn each_row<T: Send>(x: &Matrix<'_>, out: &mut [T], width: usize, number: impl Fn(f32) -> T + Sync) {
+    out.par_chunks_mut(width).enumerate().with_min_len(16).for_each(|(r, out)| {
+        if x.column == 1 {
+            let x = &x.values[r * x.row..][..x.columns];
+            vectorized!(out.iter_mut().zip(x).for_each(|(out, x)| *out = number(*x)));
+        } else {
+            (0..x.columns).zip(out).for_each(|(c, out)| *out = number(x.values[r * x.row + c * x.column]));
+        }
+    });
+}
+
+/// The nearest numbers in bfloat16.
+pub(crate) fn round(values: &[f32], out: &mut [bf16]) {
+    vectorized!(out.iter_mut().zip(values).for_each(|(out, x)| *out = bf16::from_bits(rounded(*x))));
+}
+
+/// The bits of the nearest bfloat16, of two the even one.
+#[inline(always)]
+fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // Rounding must not make an infinity of what is no number.
+    (if x.is_nan() { bits | 0x40_0000 } else { nearest } >> 16) as u16
+}
+
+/// Blocks of the factor that make up some of its columns.
+fn blocks(rows: usize, part: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    // Equal heights: a last block of a few rows would cost as much as a whole one.
+    let height = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(UNIT);
+    let end = part.end;
+    part.step_by(BLOCK_COLUMNS).flat_map(move |left| {
+        let columns = left..(left + BLOCK_COLUMNS).min(end);
+        (0..rows).step_by(height).map(move |top| (top..(top + height).min(rows), columns.clone()))
+    })
+}
+
+impl Runs<'_> {
+    /// A block as it lies: runs of `width` numbers each.
+    fn block(&self, rows: &Range<usize>, columns: &Range<usize>, width: usize, room: &mut [bf16]) {
+        let (run, count, first) = if self.column == 1 {
+            (columns.len(), self.row, rows.start * self.row + columns.start)
+        } else {
+            (rows.len(), self.column, columns.start * self.column + rows.start)
+        };
+        room.chunks_mut(width).enumerate().for_each(|(at, room)| (self.read)(first + at * count, &mut room[..run]));
+    }
+}
+
+/// Columns of the product, in f32.
+fn widened(target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, part: Range<usize>) {
+    let (mut room, mut wide) = (vec![bf16::ZERO; BLOCK_ROWS * BLOCK_COLUMNS], vec![0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
+    for (rows, columns) in blocks(weight.rows, part) {
+        let (height, width) = (rows.len(), columns.len());
+        let (room, wide) = (&mut room[..height * width], &mut wide[..height * width]);
+        let run = if weight.column == 1 { width } else { height };
+        weight.block(&rows, &columns, run, room);
+        vectorized!(wide.iter_mut().zip(&*room).for_each(|(wide, x)| *wide = f32::from_bits(u32::from(x.to_bits()) << 16)));
+        let block = Matrix::contiguous(&*wide, height * width / run, run);
+        let block = if weight.column == 1 { block } else { block.transposed() };
+        let x = Matrix::strided(&x.values[rows.start..], x.rows, height, x.row);
+        let write = if rows.start == 0 { Write::Replace } else { Write::Add };
+        // SAFETY: the columns are in this part only.
+        unsafe { multiply(target.at(0, columns.start), target.stride, &x, &block, 1.0, write, Threads::This) };
+    }
+}
+
+/// Columns of the product, by instructions that want the factor in their order: lines of 16 columns and two rows, `[panel, row / 2, column, row % 2]`.
+#[cfg(target_arch = "x86_64")]
+fn ordered(engine: Engine, target: Columns, (x, m): (&[u16], usize), weight: &Runs<'_>, part: Range<usize>) {
+    let k_whole = weight.rows.next_multiple_of(UNIT);
+    let mut room = vec![bf16::ZERO; BLOCK_ROWS * BLOCK_COLUMNS];
+    let mut lines = vec![[0; 16]; BLOCK_ROWS / 2 * BLOCK_COLUMNS / 16];
+    let multiplier = blocks::Multiplier::new(engine);
+    for (rows, columns) in blocks(weight.rows, part) {
+        let (height, width) = (rows.len().next_multiple_of(UNIT), columns.len().next_multiple_of(UNIT));
+        if (height, width) != (rows.len(), columns.len()) {
+            room.fill(bf16::ZERO);
+        }
+        let run = if weight.column == 1 { width } else { height };
+        let count = if weight.column == 1 { rows.len() } else { columns.len() };
+        weight.block(&rows, &columns, run, &mut room[..count * run]);
+        let number = |at: usize| u32::from(room[at].to_bits());
+        for (panel, lines) in lines.chunks_mut(height / 2).take(width / 16).enumerate() {
+            for (pair, line) in lines.iter_mut().enumerate() {
+                let place = |column: usize| match weight.column {
+                    1 => (2 * pair * run + 16 * panel + column, run),
+                    _ => ((16 * panel + column) * run + 2 * pair, 1),
+                };
+                for (column, value) in line.iter_mut().enumerate() {
+                    let (first, next) = place(column);
+                    *value = number(first) | number(first + next) << 16;
+                }
+            }
+        }
+        for top in (0..m).step_by(UNIT) {
+            for left in (0..columns.len()).step_by(UNIT) {
+                let factors = (&x[top * k_whole + rows.start..], k_whole, &lines[left / 16 * height / 2..], height);
+                let size = (UNIT.min(m - top), UNIT.min(columns.len() - left));
+                // SAFETY: the rows are there, and the columns in this part only.
+                unsafe { multiplier.block(factors, target, (top, columns.start + left), size, rows.start > 0) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers from -1 to 1, most of which bfloat16 does not hold.
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let next = |state: &u32| Some(state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+        let states = std::iter::successors(Some(seed), next).skip(1).take(count);
+        states.map(|state| (state >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    fn engines() -> Vec<Engine> {
+        let mut engines = vec![Engine::Widened];
+        #[cfg(target_arch = "x86_64")]
+        {
+            engines.push(Engine::Blocks);
+            engines.extend(blocks::has_avx512().then_some(Engine::Avx512));
+            engines.extend(blocks::has_amx().then_some(Engine::Amx));
+        }
+        engines
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_numbers() {
+        for (m, k, n) in [(1, 1, 1), (5, 33, 40), (32, 64, 32), (70, 600, 300), (40, 1100, 17), (64, 576, 1536)] {
+            let (x, w) = (numbers(m * k, 1), numbers(k * n, 2));
+            let half = |x: &f32| bf16::from_f32(*x);
+            let (exact_x, exact_w): (Vec<_>, Vec<_>) = (x.iter().map(half).collect(), w.iter().map(half).collect());
+            let sum = |r: usize, c: usize| -> f64 {
+                (0..k).map(|i| exact_x[r * k + i].to_f64() * exact_w[i * n + c].to_f64()).sum()
+            };
+            let by_columns: Vec<bf16> = (0..k * n).map(|at| exact_w[at % k * n + at / k]).collect();
+            for (values, row, column) in [(&exact_w, n, 1), (&by_columns, 1, k)] {
+                let read = |start: usize, out: &mut [bf16]| out.copy_from_slice(&values[start..start + out.len()]);
+                let weight = Runs { rows: k, columns: n, row, column, read: &read };
+                for engine in engines() {
+                    let mut out = vec![f32::NAN; m * n];
+                    product_by(engine, &mut out, &Matrix::contiguous(&*x, m, k), &weight);
+                    for r in (0..m).step_by(7).chain([m - 1]) {
+                        for c in (0..n).step_by(5).chain([n - 1]) {
+                            let (found, expected) = (f64::from(out[r * n + c]), sum(r, c));
+                            let close = (found - expected).abs() < 1e-5 * (k as f64).sqrt();
+                            assert!(close, "{engine:?} {m}x{k}x{n} ({row}, {column}): {found} for {expected} at {r}, {c}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_that_of_the_library() {
+        let edges = [0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, f32::MAX, f32::INFINITY, f32::NEG_INFINITY, 1e-40];
+        for x in edges.into_iter().chain(numbers(1000, 3)) {
+            assert_eq!(rounded(x), bf16::from_f32(x).to_bits(), "{x}");
+        }
+        assert!(bf16::from_bits(rounded(f32::NAN)).is_nan() && bf16::from_bits(rounded(f32::from_bits(0x7f80_0001))).is_nan());
+    }
+}
