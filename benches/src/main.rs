@@ -133,8 +133,11 @@ type Named<'a> = (&'static str, Runner<'a>);
 fn main() -> Outcome<()> {
     match Arguments::parse().what {
         What::Step(comparison) => {
-            let ours = [Side::Lora, Side::Packed, Side::Plain, Side::ApplyLora];
-            compare(&comparison, &ours, &[("torch+peft", &[]), ("torch+bitsandbytes", &["--base", "nf4"])])
+            let ours = [Side::Lora, Side::LoraBf16, Side::Packed, Side::PackedBf16, Side::Plain, Side::ApplyLora];
+            let bf16 = &["--dtype", "bfloat16"];
+            let nf4 = &["--base", "nf4"];
+            let peers: [(_, &[_]); 3] = [("torch+peft", &[]), ("torch+peft bf16", bf16), ("torch+bitsandbytes", nf4)];
+            compare(&comparison, &ours, &peers)
         }
         What::Decode(comparison) => {
             let ours = [Side::Decode, Side::DecodePacked];

@@ -11,7 +11,7 @@ use peft_core::{Peft, Targets};
 use peft_lora::LoraConfig;
 use peft_models::config::ModelConfig;
 use peft_models::export::{Dtype, save_model};
-use peft_models::load::Packing;
+use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, Layout, ModelSource, Pretrained, Sampling, generate};
 use peft_quant::Quantization;
 use serde_json::{Value, json};
@@ -29,8 +29,12 @@ pub(crate) const INTERMEDIATE: usize = 1536;
 pub(crate) enum Side {
     /// LoRA through the activation seam
     Lora,
+    /// The same over frozen matrices in bfloat16
+    LoraBf16,
     /// The same over NF4 with double quantisation
     Packed,
+    /// The same with products in bfloat16
+    PackedBf16,
     /// The same model and update of Burn's own operations
     Plain,
     /// The same model under Burn's `apply_lora`
@@ -45,7 +49,9 @@ impl Side {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Lora => "lora",
+            Self::LoraBf16 => "lora-bf16",
             Self::Packed => "packed",
+            Self::PackedBf16 => "packed-bf16",
             Self::Plain => "plain",
             Self::ApplyLora => "apply-lora",
             Self::Decode => "decode",
@@ -66,8 +72,12 @@ impl Side {
             Backend::Cuda => Device::cuda(0),
         };
         let train = device.clone().autodiff();
+        let precision = match self {
+            Self::LoraBf16 | Self::PackedBf16 => Precision::Bf16,
+            _ => Precision::F32,
+        };
         let load = |packing: &Packing, device: &Device| -> Outcome<CausalLm> {
-            Ok(Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, device)?.model)
+            Ok(Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, precision, device)?.model)
         };
         let nf4 = Packing::Quantize(Quantization::default());
         let adapted = |base: CausalLm| -> Outcome<CausalLm> {
@@ -75,8 +85,8 @@ impl Side {
             Ok(base.attach(&config.with_alpha(2.0 * setup.rank as f64))?)
         };
         let mut seconds = match self {
-            Self::Lora => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss),
-            Self::Packed => steps(adapted(load(&nf4, &train)?)?, setup, loss),
+            Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss),
+            Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss),
             Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss),
             Self::ApplyLora => {
                 let group = ParamGroup::from_regex(r"_proj\.base\.weight$").map_err(|e| format!("{e:?}"))?;

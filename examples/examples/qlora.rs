@@ -17,7 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     device.seed(1);
     // Weights are packed while they are read: the dense model never exists. `ModelSource::Dir` reads a model of your own.
     let packing = Packing::Quantize(Quantization::new(Format::NF4));
-    let Pretrained { model: base, files } = Pretrained::load_with(&ModelSource::Tiny, &packing, Precision::F32, &device)?;
+    let Pretrained { model: base, files } =
+        Pretrained::load_with(&ModelSource::Tiny, &packing, Precision::F32, &device)?;
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     println!("base:  {} parameters in {:.2} MiB", base.trainable().total, mib(base.trainable().total_bytes));
 

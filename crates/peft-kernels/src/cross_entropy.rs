@@ -250,7 +250,11 @@ mod plain {
             let bools = get_or_init_device_settings::<B>(&x.device()).bool_dtype;
             let rows = Slice::from(chunk.clone());
             let x_rows = Float::<B>(B::float_slice(x.clone(), &[rows, Slice::full()]));
-            let z = x_rows.times_frozen(Float(weight.clone())).cast(if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 });
+            let z = x_rows.times_frozen(Float(weight.clone())).cast(if x.dtype() == DType::F64 {
+                DType::F64
+            } else {
+                DType::F32
+            });
             let column = B::int_reshape(B::int_slice(targets.clone(), &[rows]), Shape::new([chunk.len(), 1]));
             let ignored = B::int_lower_elem(column.clone(), 0.into(), bools);
             Self { z, target: B::int_clamp_min(column, 0.into()), ignored }

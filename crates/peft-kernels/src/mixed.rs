@@ -66,9 +66,7 @@ impl<B: MixedOps, C: CheckpointStrategy> MixedOps for Autodiff<B, C> {
         }
 
         let ((x, x_node), weight) = (x.into_parts(), weight.into_primitive());
-        record(Linear.prepare::<C>([x_node]), |tracked| {
-            (B::mixed_linear(x, weight.clone()), tracked.then_some(weight))
-        })
+        record(Linear.prepare::<C>([x_node]), |tracked| (B::mixed_linear(x, weight.clone()), tracked.then_some(weight)))
     }
 }
 

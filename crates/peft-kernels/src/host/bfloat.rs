@@ -2,7 +2,10 @@
 //!
 //! The frozen factor is read run by run, so it may be dense or packed. Each thread puts a block of it into the order of the processor's own instructions
 //! (AMX tiles, or AVX-512 BF16) and multiplies all rows by it; a processor with neither multiplies the same rounded numbers in f32.
-#![allow(unsafe_code, reason = "products into disjoint columns of one output; instructions that the processor is asked for before")]
+#![allow(
+    unsafe_code,
+    reason = "products into disjoint columns of one output; instructions that the processor is asked for before"
+)]
 
 #[cfg(target_arch = "x86_64")]
 mod blocks;
@@ -10,7 +13,6 @@ mod blocks;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::lanes::vectorized;
 use super::product::{Columns, Matrix, Threads, Write, each_part, multiply};
@@ -88,38 +90,33 @@ fn product_by(engine: Engine, out: &mut [f32], x: &Matrix<'_>, weight: &Runs<'_>
         return;
     }
     let target = Columns { out: out.as_mut_ptr(), stride: n };
-    match engine {
-        Engine::Widened => {
-            let mut rows = vec![0.0; m * k];
-            each_row(x, &mut rows, k, |x| f32::from_bits(u32::from(rounded(x)) << 16));
-            let rows = Matrix::contiguous(rows, m, k);
-            each_part(n, k * n, PARTS, |part| widened(target, &rows, weight, part));
-        }
+    each_part(n, k * n, PARTS, |part| match engine {
+        Engine::Widened => widened(target, x, weight, part),
         #[cfg(target_arch = "x86_64")]
-        _ => {
-            let (m_whole, k_whole) = (m.next_multiple_of(UNIT), k.next_multiple_of(UNIT));
-            let mut rows = vec![0; m_whole * k_whole];
-            each_row(x, &mut rows[..m * k_whole], k_whole, rounded);
-            each_part(n, k * n, PARTS, |part| ordered(engine, target, (&rows, m), weight, part));
-        }
-    }
+        _ => ordered(engine, target, x, weight, part),
+    });
 }
 
-/// The numbers of each row, `width` apart.
-fn each_row<T: Send>(x: &Matrix<'_>, out: &mut [T], width: usize, number: impl Fn(f32) -> T + Sync) {
-    out.par_chunks_mut(width).enumerate().with_min_len(16).for_each(|(r, out)| {
+/// The numbers of some columns of `x`, its rows `width` apart.
+fn each_row<T>(x: &Matrix<'_>, columns: &Range<usize>, out: &mut [T], width: usize, number: impl Fn(f32) -> T + Copy) {
+    for (r, out) in out.chunks_mut(width).enumerate() {
         if x.column == 1 {
-            let x = &x.values[r * x.row..][..x.columns];
+            let x = &x.values[r * x.row..][columns.clone()];
             vectorized!(out.iter_mut().zip(x).for_each(|(out, x)| *out = number(*x)));
         } else {
-            (0..x.columns).zip(out).for_each(|(c, out)| *out = number(x.values[r * x.row + c * x.column]));
+            columns.clone().zip(out).for_each(|(c, out)| *out = number(x.values[r * x.row + c * x.column]));
         }
-    });
+    }
 }
 
 /// The nearest numbers in bfloat16.
 pub(crate) fn round(values: &[f32], out: &mut [bf16]) {
     vectorized!(out.iter_mut().zip(values).for_each(|(out, x)| *out = bf16::from_bits(rounded(*x))));
+}
+
+#[inline(always)]
+fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 /// The bits of the nearest bfloat16, of two the even one.
@@ -131,15 +128,16 @@ fn rounded(x: f32) -> u16 {
     (if x.is_nan() { bits | 0x40_0000 } else { nearest } >> 16) as u16
 }
 
-/// Blocks of the factor that make up some of its columns.
-fn blocks(rows: usize, part: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-    // Equal heights: a last block of a few rows would cost as much as a whole one.
+/// Rows of a block, for all rows of the factor: equal counts, for a last block of a few would cost as much as a whole one.
+fn heights(rows: usize) -> impl Iterator<Item = Range<usize>> {
     let height = rows.div_ceil(rows.div_ceil(BLOCK_ROWS)).next_multiple_of(UNIT);
+    (0..rows).step_by(height).map(move |top| top..(top + height).min(rows))
+}
+
+/// Columns of a block, for some columns of the factor.
+fn widths(part: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = part.end;
-    part.step_by(BLOCK_COLUMNS).flat_map(move |left| {
-        let columns = left..(left + BLOCK_COLUMNS).min(end);
-        (0..rows).step_by(height).map(move |top| (top..(top + height).min(rows), columns.clone()))
-    })
+    part.step_by(BLOCK_COLUMNS).map(move |left| left..(left + BLOCK_COLUMNS).min(end))
 }
 
 impl Runs<'_> {
@@ -157,55 +155,74 @@ impl Runs<'_> {
 /// Columns of the product, in f32.
 fn widened(target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, part: Range<usize>) {
     let (mut room, mut wide) = (vec![bf16::ZERO; BLOCK_ROWS * BLOCK_COLUMNS], vec![0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
-    for (rows, columns) in blocks(weight.rows, part) {
-        let (height, width) = (rows.len(), columns.len());
-        let (room, wide) = (&mut room[..height * width], &mut wide[..height * width]);
-        let run = if weight.column == 1 { width } else { height };
-        weight.block(&rows, &columns, run, room);
-        vectorized!(wide.iter_mut().zip(&*room).for_each(|(wide, x)| *wide = f32::from_bits(u32::from(x.to_bits()) << 16)));
-        let block = Matrix::contiguous(&*wide, height * width / run, run);
-        let block = if weight.column == 1 { block } else { block.transposed() };
-        let x = Matrix::strided(&x.values[rows.start..], x.rows, height, x.row);
+    let mut x_rows = vec![0.0; x.rows * BLOCK_ROWS.min(x.columns)];
+    for rows in heights(weight.rows) {
+        let height = rows.len();
+        let x_rows = &mut x_rows[..x.rows * height];
+        each_row(x, &rows, x_rows, height, |x| widen(rounded(x)));
+        let x = Matrix::contiguous(&*x_rows, x.rows, height);
         let write = if rows.start == 0 { Write::Replace } else { Write::Add };
-        // SAFETY: the columns are in this part only.
-        unsafe { multiply(target.at(0, columns.start), target.stride, &x, &block, 1.0, write, Threads::This) };
+        for columns in widths(part.clone()) {
+            let width = columns.len();
+            let (room, wide) = (&mut room[..height * width], &mut wide[..height * width]);
+            let run = if weight.column == 1 { width } else { height };
+            weight.block(&rows, &columns, run, room);
+            vectorized!(wide.iter_mut().zip(&*room).for_each(|(wide, x)| *wide = widen(x.to_bits())));
+            let block = Matrix::contiguous(&*wide, height * width / run, run);
+            let block = if weight.column == 1 { block } else { block.transposed() };
+            // SAFETY: the columns are in this part only.
+            unsafe { multiply(target.at(0, columns.start), target.stride, &x, &block, 1.0, write, Threads::This) };
+        }
     }
 }
 
 /// Columns of the product, by instructions that want the factor in their order: lines of 16 columns and two rows, `[panel, row / 2, column, row % 2]`.
 #[cfg(target_arch = "x86_64")]
-fn ordered(engine: Engine, target: Columns, (x, m): (&[u16], usize), weight: &Runs<'_>, part: Range<usize>) {
-    let k_whole = weight.rows.next_multiple_of(UNIT);
+fn ordered(engine: Engine, target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, part: Range<usize>) {
+    let m = x.rows;
     let mut room = vec![bf16::ZERO; BLOCK_ROWS * BLOCK_COLUMNS];
     let mut lines = vec![[0; 16]; BLOCK_ROWS / 2 * BLOCK_COLUMNS / 16];
+    let mut x_rows = vec![0; m.next_multiple_of(UNIT) * BLOCK_ROWS];
     let multiplier = blocks::Multiplier::new(engine);
-    for (rows, columns) in blocks(weight.rows, part) {
-        let (height, width) = (rows.len().next_multiple_of(UNIT), columns.len().next_multiple_of(UNIT));
-        if (height, width) != (rows.len(), columns.len()) {
-            room.fill(bf16::ZERO);
-        }
-        let run = if weight.column == 1 { width } else { height };
-        let count = if weight.column == 1 { rows.len() } else { columns.len() };
-        weight.block(&rows, &columns, run, &mut room[..count * run]);
-        let number = |at: usize| u32::from(room[at].to_bits());
-        for (panel, lines) in lines.chunks_mut(height / 2).take(width / 16).enumerate() {
-            for (pair, line) in lines.iter_mut().enumerate() {
-                let place = |column: usize| match weight.column {
-                    1 => (2 * pair * run + 16 * panel + column, run),
-                    _ => ((16 * panel + column) * run + 2 * pair, 1),
-                };
-                for (column, value) in line.iter_mut().enumerate() {
-                    let (first, next) = place(column);
-                    *value = number(first) | number(first + next) << 16;
-                }
+    for rows in heights(weight.rows) {
+        // What is beyond the last row of the factor must be zero in one of the two, and a number in both.
+        let height = rows.len().next_multiple_of(UNIT);
+        x_rows.fill(0);
+        each_row(x, &rows, &mut x_rows[..m * height], height, rounded);
+        for columns in widths(part.clone()) {
+            let width = columns.len().next_multiple_of(UNIT);
+            if (height, width) != (rows.len(), columns.len()) {
+                room.fill(bf16::ZERO);
             }
-        }
-        for top in (0..m).step_by(UNIT) {
-            for left in (0..columns.len()).step_by(UNIT) {
-                let factors = (&x[top * k_whole + rows.start..], k_whole, &lines[left / 16 * height / 2..], height);
+            let (run, count) = if weight.column == 1 { (width, rows.len()) } else { (height, columns.len()) };
+            weight.block(&rows, &columns, run, &mut room[..count * run]);
+            order(&room, run, weight.column == 1, &mut lines[..height / 2 * width / 16], height / 2);
+            for (top, left) in
+                (0..m).step_by(UNIT).flat_map(|top| (0..columns.len()).step_by(UNIT).map(move |left| (top, left)))
+            {
+                let factors = (&x_rows[top * height..], height, &lines[left / 16 * height / 2..]);
                 let size = (UNIT.min(m - top), UNIT.min(columns.len() - left));
                 // SAFETY: the rows are there, and the columns in this part only.
                 unsafe { multiplier.block(factors, target, (top, columns.start + left), size, rows.start > 0) };
+            }
+        }
+    }
+}
+
+/// Puts a block, runs of which lie `run` apart along rows or columns, in order; a panel has `pairs` lines.
+#[cfg(target_arch = "x86_64")]
+fn order(room: &[bf16], run: usize, along_rows: bool, lines: &mut [[u32; 16]], pairs: usize) {
+    let pair = |first: bf16, second: bf16| u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16;
+    for (panel, lines) in lines.chunks_mut(pairs).enumerate() {
+        if along_rows {
+            for (line, rows) in lines.iter_mut().zip(room.chunks(2 * run)) {
+                let (first, second) = (&rows[16 * panel..][..16], &rows[run + 16 * panel..][..16]);
+                line.iter_mut().zip(first.iter().zip(second)).for_each(|(line, (a, b))| *line = pair(*a, *b));
+            }
+        } else {
+            for (column, values) in room[16 * panel * run..].chunks(run).take(16).enumerate() {
+                let (pairs, _) = values.as_chunks::<2>();
+                lines.iter_mut().zip(pairs).for_each(|(line, [a, b])| line[column] = pair(*a, *b));
             }
         }
     }
@@ -253,7 +270,10 @@ mod tests {
                         for c in (0..n).step_by(5).chain([n - 1]) {
                             let (found, expected) = (f64::from(out[r * n + c]), sum(r, c));
                             let close = (found - expected).abs() < 1e-5 * (k as f64).sqrt();
-                            assert!(close, "{engine:?} {m}x{k}x{n} ({row}, {column}): {found} for {expected} at {r}, {c}");
+                            assert!(
+                                close,
+                                "{engine:?} {m}x{k}x{n} ({row}, {column}): {found} for {expected} at {r}, {c}"
+                            );
                         }
                     }
                 }
@@ -267,6 +287,9 @@ mod tests {
         for x in edges.into_iter().chain(numbers(1000, 3)) {
             assert_eq!(rounded(x), bf16::from_f32(x).to_bits(), "{x}");
         }
-        assert!(bf16::from_bits(rounded(f32::NAN)).is_nan() && bf16::from_bits(rounded(f32::from_bits(0x7f80_0001))).is_nan());
+        assert!(
+            bf16::from_bits(rounded(f32::NAN)).is_nan()
+                && bf16::from_bits(rounded(f32::from_bits(0x7f80_0001))).is_nan()
+        );
     }
 }

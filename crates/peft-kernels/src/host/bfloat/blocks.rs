@@ -69,25 +69,25 @@ impl Multiplier {
         Self(engine)
     }
 
-    /// Adds to a block of `target` at a place, or replaces it, the product of rows `x`, `stride` apart, and two panels of lines for `height` rows of the factor.
+    /// Adds to a block of `target` at a place, or replaces it, the product of rows of `height` numbers and two panels of lines.
     ///
     /// # Safety
     /// `size` results must lie in `target` from `place` on, and nobody else touch them.
     pub(super) unsafe fn block(
         &self,
-        (x, stride, lines, height): (&[u16], usize, &[Line], usize),
+        (x, height, lines): (&[u16], usize, &[Line]),
         target: Columns,
         place: (usize, usize),
         size: (usize, usize),
         add: bool,
     ) {
-        assert!(x.len() >= (UNIT - 1) * stride + height && lines.len() >= height, "a block that is all there");
+        assert!(x.len() >= UNIT * height && lines.len() >= height, "a block that is all there");
         let whole = size == (UNIT, UNIT);
         let mut room = [0.0; UNIT * UNIT];
         // SAFETY: by the caller's word.
         let first = unsafe { target.at(place.0, place.1) };
         let (out, width) = if whole { (first, target.stride) } else { (room.as_mut_ptr(), UNIT) };
-        let factors = (x.as_ptr(), stride, lines.as_ptr(), height);
+        let factors = (x.as_ptr(), lines.as_ptr(), height);
         let add_here = add && whole;
         // SAFETY: both factors were found long enough, the results have their place, and the engine was chosen by what the processor has.
         unsafe {
@@ -122,11 +122,11 @@ impl Drop for Multiplier {
     }
 }
 
-/// Rows, how far they lie apart, lines, and the rows of the factor in a panel of them.
-type Factors = (*const u16, usize, *const Line, usize);
+/// Rows, lines, and the numbers of a row.
+type Factors = (*const u16, *const Line, usize);
 
 /// Four tiles of results, two of rows, two of lines.
-unsafe fn amx((x, stride, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
+unsafe fn amx((x, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
     // SAFETY: 32 rows of `x` and `out`, and two panels of lines are there; tiles are 16 rows of 64 bytes.
     unsafe {
         let (lower, right) = (out.add(16 * width), out.add(16));
@@ -159,7 +159,7 @@ unsafe fn amx((x, stride, lines, height): Factors, out: *mut f32, width: usize, 
             "jnz 2b",
             "tilestored [{a} + {s}*1], tmm0", "tilestored [{b} + {s}*1], tmm1",
             "tilestored [{c} + {s}*1], tmm2", "tilestored [{d} + {s}*1], tmm3",
-            x0 = inout(reg) x => _, x1 = inout(reg) x.add(16 * stride) => _, xs = in(reg) 2 * stride,
+            x0 = inout(reg) x => _, x1 = inout(reg) x.add(16 * height) => _, xs = in(reg) 2 * height,
             w0 = inout(reg) lines => _, w1 = inout(reg) lines.add(height / 2) => _, ws = in(reg) 64_usize,
             steps = inout(reg) height / UNIT => _,
             a = in(reg) out, b = in(reg) right, c = in(reg) lower, d = in(reg) corner, s = in(reg) 4 * width,
@@ -172,7 +172,7 @@ unsafe fn amx((x, stride, lines, height): Factors, out: *mut f32, width: usize, 
 
 /// Eight rows of two vectors at a time.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn avx512((x, stride, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
+unsafe fn avx512((x, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
     const ROWS: usize = 8;
     // SAFETY: a vector of either has 64 bytes, of which any are valid.
     let pairs = |vector: __m512i| unsafe { std::mem::transmute::<__m512i, __m512bh>(vector) };
@@ -190,7 +190,7 @@ unsafe fn avx512((x, stride, lines, height): Factors, out: *mut f32, width: usiz
                 let line = |half: usize| pairs(_mm512_loadu_si512(lines.add(half * height / 2 + pair).cast()));
                 let w = [line(0), line(1)];
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let two = x.add((top + row) * stride + 2 * pair).cast::<i32>().read_unaligned();
+                    let two = x.add((top + row) * height + 2 * pair).cast::<i32>().read_unaligned();
                     let x = pairs(_mm512_set1_epi32(two));
                     *sums = [_mm512_dpbf16_ps(sums[0], x, w[0]), _mm512_dpbf16_ps(sums[1], x, w[1])];
                 }
@@ -205,7 +205,7 @@ unsafe fn avx512((x, stride, lines, height): Factors, out: *mut f32, width: usiz
 
 /// What the instructions compute.
 #[cfg(test)]
-unsafe fn plain((x, stride, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
+unsafe fn plain((x, lines, height): Factors, out: *mut f32, width: usize, add: bool) {
     let wide = |bits: u32| f32::from_bits(bits << 16);
     for (r, c) in (0..UNIT).flat_map(|r| (0..UNIT).map(move |c| (r, c))) {
         // SAFETY: 32 rows of `x` and `out`, and two panels of lines are there.
@@ -213,7 +213,7 @@ unsafe fn plain((x, stride, lines, height): Factors, out: *mut f32, width: usize
             let out = out.add(r * width + c);
             let product = |k: usize| {
                 let two = (*lines.add(c / 16 * height / 2 + k / 2))[c % 16];
-                wide(u32::from(*x.add(r * stride + k))) * wide(two >> (16 * (k % 2)) & 0xffff)
+                wide(u32::from(*x.add(r * height + k))) * wide(two >> (16 * (k % 2)) & 0xffff)
             };
             *out = (0..height).map(product).sum::<f32>() + if add { *out } else { 0.0 };
         }
