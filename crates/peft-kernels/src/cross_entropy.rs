@@ -162,14 +162,14 @@ on_backends!(CrossEntropyOps {
         targets: IntTensor<Self>,
         smoothing: f64,
         gradient: bool,
-    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>), by [x, weight];
+    ) -> (FloatTensor<Self>, IntTensor<Self>, FloatTensor<Self>), by [x];
     fn linear_cross_entropy_weight(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         targets: IntTensor<Self>,
         smoothing: f64,
-    ) -> FloatTensor<Self>, by [grad, x, weight];
+    ) -> FloatTensor<Self>, by [grad, x];
 });
 
 /// The tokens of each chunk; one chunk of none when there are none.

@@ -29,7 +29,7 @@ pub(crate) trait Host: Backend {
     /// A matrix as it lies, transposed or not.
     fn matrix(tensor: &FloatTensor<Self>) -> Matrix<'_>;
 
-    /// A frozen matrix as it lies, in f32 or bfloat16.
+    /// A frozen matrix as it lies where it is one of f32 or bfloat16.
     fn factor(tensor: &FloatTensor<Self>) -> Factor<'_> {
         Factor::Single(Self::matrix(tensor))
     }
@@ -73,8 +73,8 @@ pub(crate) fn fill_both(
 #[cfg(feature = "flex")]
 mod flex {
     use burn::backend::Flex;
-    use burn::backend::ops::IntTensorOps as _;
-    use burn::tensor::{IntDType, TensorData};
+    use burn::backend::ops::{FloatTensorOps as _, IntTensorOps as _};
+    use burn::tensor::{FloatDType, IntDType, TensorData};
     use burn_flex::FlexTensor;
 
     use super::*;
@@ -110,7 +110,12 @@ mod flex {
         fn factor(tensor: &FlexTensor) -> Factor<'_> {
             match tensor.dtype() {
                 DType::BF16 => Factor::Half(as_it_lies(tensor, FlexTensor::storage)),
-                _ => Factor::Single(Self::matrix(tensor)),
+                DType::F32 => Factor::Single(Self::matrix(tensor)),
+                _ => {
+                    let [rows, columns] = tensor.layout().shape()[..] else { panic!("a matrix of two dimensions") };
+                    let values = Self::into_values(Self::float_cast(tensor.clone(), FloatDType::F32));
+                    Factor::Single(Matrix::contiguous(values, rows, columns))
+                }
             }
         }
 
