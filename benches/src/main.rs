@@ -4,8 +4,11 @@
 //! cargo run --release -p peft-benches -- step [--python PYTHON]
 //! cargo run --release -p peft-benches -- decode [--python PYTHON]
 //! cargo run --release -p peft-benches -- sweep [--python PYTHON] --out docs/cpu.svg
+//! cargo run --release -p peft-benches -- curves RUN… --out docs/bf16.svg
 //! ```
 
+mod curves;
+mod picture;
 mod plain;
 mod side;
 mod sweep;
@@ -36,6 +39,8 @@ enum What {
     Decode(Comparison),
     /// Throughput against threads and rank, memory and time a token against the length of the sequence, as a picture
     Sweep(sweep::Sweep),
+    /// Loss curves of training runs side by side, as a picture
+    Curves(curves::Curves),
     /// One side, for itself
     #[command(hide = true)]
     Side {
@@ -140,11 +145,12 @@ fn main() -> Outcome<()> {
             compare(&comparison, &ours, &peers)
         }
         What::Decode(comparison) => {
-            let ours = [Side::Decode, Side::DecodePacked];
+            let ours = [Side::Decode, Side::DecodeBf16, Side::DecodePacked];
             let packed: &[&str] = &["--decode", "--base", "nf4"];
             compare(&comparison, &ours, &[("torch", &["--decode"]), ("torch+bitsandbytes", packed)])
         }
         What::Sweep(sweep) => sweep.run(),
+        What::Curves(curves) => curves.run(),
         What::Side { side, model, setup } => {
             println!("{}", side.measure(&setup, &model)?);
             Ok(())

@@ -41,6 +41,8 @@ pub(crate) enum Side {
     ApplyLora,
     /// A token at a time over f32
     Decode,
+    /// A token at a time over frozen matrices in bfloat16
+    DecodeBf16,
     /// A token at a time over NF4
     DecodePacked,
 }
@@ -55,6 +57,7 @@ impl Side {
             Self::Plain => "plain",
             Self::ApplyLora => "apply-lora",
             Self::Decode => "decode",
+            Self::DecodeBf16 => "decode-bf16",
             Self::DecodePacked => "decode-packed",
         }
     }
@@ -73,7 +76,7 @@ impl Side {
         };
         let train = device.clone().autodiff();
         let precision = match self {
-            Self::LoraBf16 | Self::PackedBf16 => Precision::Bf16,
+            Self::LoraBf16 | Self::PackedBf16 | Self::DecodeBf16 => Precision::Bf16,
             _ => Precision::F32,
         };
         let load = |packing: &Packing, device: &Device| -> Outcome<CausalLm> {
@@ -94,7 +97,7 @@ impl Side {
                 let model = PlainLlama::new(setup, None, &train).apply_lora(lora);
                 steps(model, setup, PlainLlama::loss)
             }
-            Self::Decode => decode(&load(&Packing::Dense, &device)?, setup.steps, &device)?,
+            Self::Decode | Self::DecodeBf16 => decode(&load(&Packing::Dense, &device)?, setup.steps, &device)?,
             Self::DecodePacked => decode(&load(&nf4, &device)?, setup.steps, &device)?,
         };
         seconds.sort_by(f64::total_cmp);

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use plotters::coord::Shift;
-use plotters::prelude::*;
 
+use crate::picture::{Chart, Line, draw};
 use crate::side::{Side, write_model};
 use crate::{Outcome, Runner, Setup};
 
@@ -72,12 +71,6 @@ fn tokens(setup: &Setup) -> f64 {
     (setup.batch * setup.seq) as f64
 }
 
-/// A line of a chart.
-struct Line {
-    name: &'static str,
-    points: Vec<(f64, f64)>,
-}
-
 impl Sweep {
     pub(crate) fn run(&self) -> Outcome<()> {
         let model = tempfile::tempdir()?;
@@ -90,7 +83,7 @@ impl Sweep {
         // The two about the length ask of the same runs.
         let mut known: Vec<(&str, String, f64, f64)> = Vec::new();
         for question in &QUESTIONS {
-            let mut lines: Vec<Line> = sides.iter().map(|(name, _)| Line { name, points: Vec::new() }).collect();
+            let mut lines: Vec<Line> = sides.iter().map(|(name, _)| Line::new(name)).collect();
             for value in question.values {
                 let setup = (question.vary)(&self.setup, *value);
                 let key = setup.flags().join(" ");
@@ -107,41 +100,8 @@ impl Sweep {
                     line.points.push((*value as f64, answer));
                 }
             }
-            charts.push((question, lines));
+            charts.push(Chart { title: question.title, of: question.of, lines });
         }
-        Ok(draw(&self.out, &charts)?)
+        draw(&self.out, &charts)
     }
-}
-
-fn draw(out: &std::path::Path, charts: &[(&Question, Vec<Line>)]) -> Result<(), String> {
-    let root = SVGBackend::new(out, (960, 640)).into_drawing_area();
-    root.fill(&WHITE).map_err(|e| e.to_string())?;
-    for (area, (question, lines)) in root.split_evenly((2, 2)).iter().zip(charts) {
-        chart(area, question, lines).map_err(|e| e.to_string())?;
-    }
-    root.present().map_err(|e| e.to_string())
-}
-
-fn chart(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
-    question: &Question,
-    lines: &[Line],
-) -> Result<(), Box<dyn std::error::Error>> {
-    let highest = lines.iter().flat_map(|line| &line.points).map(|(_, y)| *y).fold(0.0, f64::max);
-    let last = question.values.last().copied().unwrap_or(1) as f64;
-    let mut chart = ChartBuilder::on(area)
-        .margin(12)
-        .caption(question.title, ("sans-serif", 16))
-        .x_label_area_size(34)
-        .y_label_area_size(52)
-        .build_cartesian_2d(0.0..1.05 * last, 0.0..1.1 * highest)?;
-    chart.configure_mesh().x_desc(question.of).light_line_style(BLACK.mix(0.05)).draw()?;
-    for (at, line) in lines.iter().enumerate() {
-        let color = [RGBColor(0x1f, 0x77, 0xb4), RGBColor(0xe6, 0x6a, 0x00), RGBColor(0x55, 0x55, 0x55)][at % 3];
-        let drawn = LineSeries::new(line.points.iter().copied(), color.stroke_width(2)).point_size(3);
-        let legend = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2));
-        chart.draw_series(drawn)?.label(line.name).legend(legend);
-    }
-    chart.configure_series_labels().background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.2)).draw()?;
-    Ok(())
 }

@@ -1,10 +1,10 @@
 //! Arithmetic on a backend's floats, so that the bodies that run everywhere read as the formulas they are.
 
-use std::ops::{Add, Div, Mul, Neg, Sub};
+use std::ops::{Add, Div, Mul, Neg, Range, Sub};
 
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::{DType, Scalar, Shape};
+use burn::tensor::{DType, Scalar, Shape, Slice};
 
 /// A float tensor with operators; shapes broadcast.
 #[derive(Clone, Debug)]
@@ -75,6 +75,13 @@ impl<B: Backend> Float<B> {
 
     pub(crate) fn reshape<const D: usize>(self, shape: [usize; D]) -> Self {
         Self(B::float_reshape(self.0, Shape::new(shape)))
+    }
+
+    /// Some places of a dimension.
+    pub(crate) fn narrow(self, dim: usize, places: Range<usize>) -> Self {
+        let mut slices = vec![Slice::full(); self.shape().rank()];
+        slices[dim] = Slice::from(places);
+        Self(B::float_slice(self.0, &slices))
     }
 
     pub(crate) fn fill(self, mask: BoolTensor<B>, value: f32) -> Self {

@@ -64,24 +64,44 @@ pub(super) fn attend_backward<B: Host>(
     let input = Input::new::<B>(&q, &k, &v, segments, sight, scale);
     let Sizes { batch, seq, total, kv_heads, group, head_dim } = input.sizes;
     let output = Output { grad: B::values(&grad), o: B::values(&o), log_sums: B::values(&log_sums) };
-    let done: Vec<_> =
-        (0..batch * kv_heads).into_par_iter().map(|at| input.backward(at / kv_heads, at % kv_heads, &output)).collect();
+    // A head goes to several threads only where there are fewer heads: each has gradients of the keys of its own, to be added up.
+    let shares = rayon::current_num_threads().div_ceil((batch * kv_heads).max(1)).min(seq.div_ceil(QUERIES)).max(1);
+    let share = seq.div_ceil(shares).next_multiple_of(QUERIES).max(1);
+    let work: Vec<_> = (0..batch * kv_heads)
+        .flat_map(|at| (0..seq).step_by(share).map(move |start| (at / kv_heads, at % kv_heads, start)))
+        .collect();
+    let of_share = |(batch, head, start): &(usize, usize, usize)| {
+        input.backward(*batch, *head, *start..(start + share).min(seq), &output)
+    };
+    let done: Vec<_> = work.par_iter().map(of_share).collect();
     let mut q_grad = vec![0.0; input.q.len()];
     let (mut k_grad, mut v_grad) = (vec![0.0; input.k.len()], vec![0.0; input.v.len()]);
-    for (at, (q, k, v)) in done.into_iter().enumerate() {
-        let (batch, head) = (at / kv_heads, at % kv_heads);
-        scatter(&mut q_grad, batch * seq, kv_heads, head, group * head_dim, &q);
-        scatter(&mut k_grad, batch * total, kv_heads, head, head_dim, &k);
-        scatter(&mut v_grad, batch * total, kv_heads, head, head_dim, &v);
+    let add = |out: &mut f32, value: &f32| *out += value;
+    for ((batch, head, start), (q, k, v)) in work.into_iter().zip(done) {
+        scatter(&mut q_grad, batch * seq + start, kv_heads, head, group * head_dim, &q);
+        scatter_with(&mut k_grad, batch * total, kv_heads, head, head_dim, &k, add);
+        scatter_with(&mut v_grad, batch * total, kv_heads, head, head_dim, &v, add);
     }
     (B::tensor(q_grad, q.shape()), B::tensor(k_grad, k.shape()), B::tensor(v_grad, v.shape()))
 }
 
 /// Puts the values of one head, `width` a token from `token` on, among those of all.
 fn scatter(out: &mut [f32], token: usize, heads: usize, head: usize, width: usize, values: &[f32]) {
+    scatter_with(out, token, heads, head, width, values, |out, value| *out = *value);
+}
+
+fn scatter_with(
+    out: &mut [f32],
+    token: usize,
+    heads: usize,
+    head: usize,
+    width: usize,
+    values: &[f32],
+    put: impl Fn(&mut f32, &f32),
+) {
     let places = out[token * heads * width..].chunks_exact_mut(heads * width);
     for (place, values) in places.zip(values.chunks_exact(width)) {
-        place[head * width..(head + 1) * width].copy_from_slice(values);
+        place[head * width..(head + 1) * width].iter_mut().zip(values).for_each(|(out, value)| put(out, value));
     }
 }
 
@@ -165,16 +185,22 @@ impl<'a> Input<'a> {
         (o, log_sums)
     }
 
-    /// Gradients of the queries, keys and values of one head of keys.
-    fn backward(&self, batch: usize, head: usize, output: &Output<'_>) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    /// Gradients of some queries of one head of keys, and what they give to its keys and values.
+    fn backward(
+        &self,
+        batch: usize,
+        head: usize,
+        share: Range<usize>,
+        output: &Output<'_>,
+    ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let Sizes { seq, total, kv_heads, group, head_dim, .. } = self.sizes;
-        let mut q_grad = vec![0.0; seq * group * head_dim];
+        let mut q_grad = vec![0.0; share.len() * group * head_dim];
         let (mut k_grad, mut v_grad) = (vec![0.0; total * head_dim], vec![0.0; total * head_dim]);
         let most = QUERIES.min(seq) * group * KEYS;
         let (mut p, mut p_grad) = (vec![0.0; most], vec![0.0; most]);
         let log_sums = &output.log_sums[(batch * kv_heads + head) * seq * group..][..seq * group];
-        for start in (0..seq).step_by(QUERIES) {
-            let tokens = start..(start + QUERIES).min(seq);
+        for start in share.clone().step_by(QUERIES) {
+            let tokens = start..(start + QUERIES).min(share.end);
             let (first, rows) = (start * group, tokens.len() * group);
             let q = self.tile(&self.q, batch, head, &tokens, self.scale);
             let grad = self.tile(&output.grad, batch, head, &tokens, 1.0);
@@ -184,7 +210,7 @@ impl<'a> Input<'a> {
                 rows.map(|(grad, o)| sum(head_dim, |i| grad[i] * o[i])).collect()
             };
             let (q, grad) = (Matrix::contiguous(q, rows, head_dim), Matrix::contiguous(grad, rows, head_dim));
-            let q_grad = &mut q_grad[first * head_dim..(first + rows) * head_dim];
+            let q_grad = &mut q_grad[(start - share.start) * group * head_dim..][..rows * head_dim];
             for keys in self.key_tiles(&tokens) {
                 let (p, p_grad) = (&mut p[..rows * keys.len()], &mut p_grad[..rows * keys.len()]);
                 self.scores(batch, head, &tokens, &q.values, &keys, p);

@@ -1,14 +1,20 @@
-//! Bodies of Burn's operations: they hold the scores of one layer for as long as it is computed.
+//! Bodies of Burn's operations. They go by chunks of queries: the scores of a chunk exist for as long as it is computed.
+
+use std::ops::Range;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, TensorMetadata as _, get_or_init_device_settings};
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, Slice};
 
 use super::{Segments, Sight};
 use crate::formula::Float;
 
 /// What is hidden; finite, so that a query that sees nothing gives no `NaN`.
 const HIDDEN: f32 = f32::MIN / 2.0;
+
+/// Scores of a chunk: 64 MiB of them, but never so few queries that a product would be a small one.
+const CHUNK: usize = 1 << 24;
+const FEWEST_QUERIES: usize = 64;
 
 pub(super) fn attend<B: Backend>(
     q: FloatTensor<B>,
@@ -18,15 +24,22 @@ pub(super) fn attend<B: Backend>(
     sight: Sight,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let heads = Heads::of::<B>(&q, &k);
-    let (dtype, sums) = (q.dtype(), [heads.batch, heads.kv_heads, heads.rows(), 1]);
-    let scores = heads.scores::<B>(q, k, segments, sight, scale);
-    let highest = scores.clone().max(3);
-    let e = (scores - highest.clone()).exp();
-    let total = e.clone().sum(3);
-    let log_sums = (total.clone().log() + highest).reshape(sums);
-    let o = (e / total).cast(dtype).matmul(Heads::keys::<B>(v));
-    (heads.unfold(o).0, log_sums.reshape([heads.batch, heads.kv_heads, heads.rows()]).0)
+    let (mut outputs, mut sums) = (Vec::new(), Vec::new());
+    for chunk in chunks::<B>(&q, &k) {
+        let heads = Heads::of::<B>(&q, &k, &chunk);
+        let q = Float::<B>(q.clone()).narrow(1, chunk);
+        let (dtype, shape) = (q.dtype(), [heads.batch, heads.kv_heads, heads.group, heads.seq]);
+        let scores = heads.scores::<B>(q, k.clone(), segments.clone(), sight, scale);
+        let highest = scores.clone().max(3);
+        let e = (scores - highest.clone()).exp();
+        let total = e.clone().sum(3);
+        sums.push((total.clone().log() + highest).reshape(shape));
+        let o = (e / total).cast(dtype).matmul(Heads::keys::<B>(v.clone()));
+        outputs.push(heads.unfold(o));
+    }
+    let log_sums = joined(sums, 3);
+    let [batch, kv_heads, group, seq] = dims::<B>(&log_sums.0);
+    (joined(outputs, 1).0, log_sums.reshape([batch, kv_heads, group * seq]).0)
 }
 
 #[allow(clippy::too_many_arguments, reason = "what a gradient of attention is made of")]
@@ -41,24 +54,56 @@ pub(super) fn attend_backward<B: Backend>(
     sight: Sight,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let (heads, dtype) = (Heads::of::<B>(&q, &k), q.dtype());
-    let log_sums = Float::<B>(log_sums).reshape([heads.batch, heads.kv_heads, heads.rows(), 1]);
-    let p = (heads.scores::<B>(q.clone(), k.clone(), segments, sight, scale) - log_sums).exp();
-    let (grad, o) = (heads.fold::<B>(grad), heads.fold::<B>(o));
-    let along = (grad.clone() * o).sum(3).cast(p.dtype());
-    let v_grad = p.clone().cast(dtype).swap(2, 3).matmul(grad.clone());
-    let p_grad = grad.matmul(Heads::keys::<B>(v).swap(2, 3)).cast(p.dtype());
-    let score_grad = ((p_grad - along) * p * scale).cast(dtype);
-    let q_grad = score_grad.clone().matmul(Heads::keys::<B>(k));
-    let k_grad = score_grad.swap(2, 3).matmul(heads.fold::<B>(q));
-    (heads.unfold(q_grad).0, k_grad.swap(1, 2).0, v_grad.swap(1, 2).0)
+    let (mut q_grads, mut of_keys) = (Vec::new(), None);
+    let ([_, seq, ..], dtype) = (dims::<B>(&q), q.dtype());
+    for chunk in chunks::<B>(&q, &k) {
+        let heads = Heads::of::<B>(&q, &k, &chunk);
+        let Heads { batch, kv_heads, group, .. } = heads;
+        let part = |x: &FloatTensor<B>| Float::<B>(x.clone()).narrow(1, chunk.clone());
+        let log_sums = Float::<B>(log_sums.clone()).reshape([batch, kv_heads, group, seq]).narrow(3, chunk.clone());
+        let log_sums = log_sums.reshape([batch, kv_heads, heads.rows(), 1]);
+        let p = (heads.scores::<B>(part(&q), k.clone(), segments.clone(), sight, scale) - log_sums).exp();
+        let (grad, o) = (heads.fold(part(&grad)), heads.fold(part(&o)));
+        let along = (grad.clone() * o).sum(3).cast(p.dtype());
+        let v_grad = p.clone().cast(dtype).swap(2, 3).matmul(grad.clone());
+        let p_grad = grad.matmul(Heads::keys::<B>(v.clone()).swap(2, 3)).cast(p.dtype());
+        let score_grad = ((p_grad - along) * p * scale).cast(dtype);
+        q_grads.push(heads.unfold(score_grad.clone().matmul(Heads::keys::<B>(k.clone()))));
+        let k_grad = score_grad.swap(2, 3).matmul(heads.fold(part(&q)));
+        of_keys = Some(match of_keys {
+            None => (k_grad, v_grad),
+            Some((k_sum, v_sum)) => (k_sum + k_grad, v_sum + v_grad),
+        });
+    }
+    let (k_grad, v_grad) = of_keys.expect("a chunk at least");
+    (joined(q_grads, 1).0, k_grad.swap(1, 2).0, v_grad.swap(1, 2).0)
 }
 
-/// The sizes of one attention.
+/// The queries of each chunk; one chunk of none when there are none.
+fn chunks<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> impl Iterator<Item = Range<usize>> + use<B> {
+    let ([batch, seq, heads, _], [_, total, ..]) = (dims::<B>(q), dims::<B>(k));
+    let most = (CHUNK / (batch * heads * total).max(1)).max(FEWEST_QUERIES);
+    (0..seq.max(1)).step_by(most).map(move |start| start..(start + most).min(seq))
+}
+
+/// Chunks one after the other.
+fn joined<B: Backend>(mut chunks: Vec<Float<B>>, dim: usize) -> Float<B> {
+    if chunks.len() == 1 {
+        return chunks.swap_remove(0);
+    }
+    Float(B::float_cat(chunks.into_iter().map(|chunk| chunk.0).collect(), dim))
+}
+
+/// The sizes of a chunk of one attention.
 #[derive(Clone, Copy)]
 struct Heads {
     batch: usize,
+    /// Queries of the chunk.
     seq: usize,
+    /// The first of them.
+    start: usize,
+    /// Keys before the first query of all.
+    past: usize,
     total: usize,
     kv_heads: usize,
     /// Query heads that share a head of keys and values.
@@ -67,9 +112,10 @@ struct Heads {
 }
 
 impl Heads {
-    fn of<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Self {
+    fn of<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>, chunk: &Range<usize>) -> Self {
         let ([batch, seq, heads, head_dim], [_, total, kv_heads, _]) = (dims::<B>(q), dims::<B>(k));
-        Self { batch, seq, total, kv_heads, group: heads / kv_heads, head_dim }
+        let (past, group) = (total - seq, heads / kv_heads);
+        Self { batch, seq: chunk.len(), start: chunk.start, past, total, kv_heads, group, head_dim }
     }
 
     fn rows(&self) -> usize {
@@ -77,8 +123,8 @@ impl Heads {
     }
 
     /// `[batch, seq, heads, head_dim]` to `[batch, kv_heads, group · seq, head_dim]`: so keys and values are never repeated.
-    fn fold<B: Backend>(&self, x: FloatTensor<B>) -> Float<B> {
-        Float(x).swap(1, 2).reshape([self.batch, self.kv_heads, self.rows(), self.head_dim])
+    fn fold<B: Backend>(&self, x: Float<B>) -> Float<B> {
+        x.swap(1, 2).reshape([self.batch, self.kv_heads, self.rows(), self.head_dim])
     }
 
     /// The reverse of [`fold`](Self::fold).
@@ -94,15 +140,15 @@ impl Heads {
     /// Scaled scores `[batch, kv_heads, group · seq, total]` in f32 at least.
     fn scores<B: Backend>(
         &self,
-        q: FloatTensor<B>,
+        q: Float<B>,
         k: FloatTensor<B>,
         segments: Segments<B>,
         sight: Sight,
         scale: f64,
     ) -> Float<B> {
         let Self { batch, seq, total, kv_heads, group, .. } = *self;
-        let hidden = self.hidden::<B>(&q, segments, sight);
-        let scores = (self.fold::<B>(q) * scale).matmul(Self::keys::<B>(k).swap(2, 3));
+        let hidden = self.hidden::<B>(&q.0, segments, sight);
+        let scores = (self.fold(q) * scale).matmul(Self::keys::<B>(k).swap(2, 3));
         let scores = if scores.dtype() == DType::F64 { scores } else { scores.cast(DType::F32) };
         let Some(hidden) = hidden else { return scores };
         let hidden = B::bool_expand(hidden, Shape::new([batch, kv_heads * group, seq, total]));
@@ -112,8 +158,8 @@ impl Heads {
 
     /// `[1 or batch, 1, seq, total]`, true where a query does not see; nothing when all see all.
     fn hidden<B: Backend>(&self, q: &FloatTensor<B>, segments: Segments<B>, sight: Sight) -> Option<BoolTensor<B>> {
-        let Self { batch, seq, total, .. } = *self;
-        let (device, past) = (q.device(), total - seq);
+        let Self { batch, seq, start, past, total, .. } = *self;
+        let device = q.device();
         let settings = get_or_init_device_settings::<B>(&device);
         let (bools, ints) = (settings.bool_dtype, settings.int_dtype);
         let range = |from: usize, count: usize, shape: [usize; 4]| {
@@ -121,14 +167,14 @@ impl Heads {
             let shape = B::int_reshape(numbers, Shape::new(shape));
             B::int_expand(shape, Shape::new([1, 1, seq, total]))
         };
-        let queries = || range(past, seq, [1, 1, seq, 1]);
+        let queries = || range(past + start, seq, [1, 1, seq, 1]);
         let keys = || range(0, total, [1, 1, 1, total]);
         let or = |left: Option<BoolTensor<B>>, right| match left {
             Some(left) => Some(B::bool_or(left, right)),
             None => Some(right),
         };
         let mut hidden: Option<BoolTensor<B>> = None;
-        if sight.causal && seq > 1 {
+        if sight.causal && past + start + 1 < total {
             hidden = or(hidden, B::int_greater(keys(), queries(), bools));
         }
         if let Some(window) = sight.window {
@@ -145,11 +191,11 @@ impl Heads {
             let place = |tensor, shape: [usize; 4]| {
                 B::int_expand(B::int_reshape(tensor, Shape::new(shape)), Shape::new([batch, 1, seq, total]))
             };
-            let (queries, keys) = (place(segments, [batch, 1, seq, 1]), place(keys_of, [batch, 1, 1, total]));
+            let own = B::int_slice(segments, &[Slice::full(), Slice::from(start..start + seq)]);
+            let (queries, keys) = (place(own, [batch, 1, seq, 1]), place(keys_of, [batch, 1, 1, total]));
             let other = B::int_not_equal(queries, keys.clone(), bools);
             // What was there before belongs to everybody.
-            let own = B::int_greater_equal_elem(keys, 0.into(), bools);
-            let mask = B::bool_and(other, own);
+            let mask = B::bool_and(other, B::int_greater_equal_elem(keys, 0.into(), bools));
             let hidden_here = hidden.map(|hidden| B::bool_expand(hidden, mask.shape()));
             return or(hidden_here, mask);
         }
