@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use plotters::chart::SeriesLabelPosition;
 use serde_json::Value;
 
 use crate::Outcome;
@@ -21,7 +22,8 @@ pub(crate) struct Curves {
 impl Curves {
     pub(crate) fn run(&self) -> Outcome<()> {
         let lines = |kind: &str| self.runs.iter().map(|run| losses(run, kind)).collect::<Outcome<Vec<_>>>();
-        let chart = |title, lines| Chart { title, of: "optimizer step", lines };
+        let chart =
+            |title, lines| Chart { title, of: "optimizer step", lines, legend: SeriesLabelPosition::UpperRight };
         let charts = [
             chart("Loss of each batch (nats a token)", lines("step")?),
             chart("Held-out loss (nats a token)", lines("eval")?),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use plotters::chart::SeriesLabelPosition;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -13,6 +14,8 @@ pub(crate) struct Chart<'a> {
     /// What the values are of.
     pub(crate) of: &'a str,
     pub(crate) lines: Vec<Line>,
+    /// Where the names of the lines leave them visible.
+    pub(crate) legend: SeriesLabelPosition,
 }
 
 pub(crate) struct Line {
@@ -36,7 +39,8 @@ pub(crate) fn draw(out: &Path, charts: &[Chart<'_>]) -> Outcome<()> {
     Ok(root.present().map_err(|e| e.to_string())?)
 }
 
-fn draw_one(area: &DrawingArea<SVGBackend<'_>, Shift>, Chart { title, of, lines }: &Chart<'_>) -> Outcome<()> {
+fn draw_one(area: &DrawingArea<SVGBackend<'_>, Shift>, chart: &Chart<'_>) -> Outcome<()> {
+    let Chart { title, of, lines, legend: place } = chart;
     let largest = |of: fn(&(f64, f64)) -> f64| lines.iter().flat_map(|line| &line.points).map(of).fold(0.0, f64::max);
     let (last, highest) = (largest(|(x, _)| *x), largest(|(_, y)| *y));
     let mut chart = ChartBuilder::on(area)
@@ -50,11 +54,18 @@ fn draw_one(area: &DrawingArea<SVGBackend<'_>, Shift>, Chart { title, of, lines 
         chart.configure_mesh().x_desc(*of).light_line_style(BLACK.mix(0.05)).draw()?;
         for (at, line) in lines.iter().enumerate() {
             let color = [RGBColor(0x1f, 0x77, 0xb4), RGBColor(0xe6, 0x6a, 0x00), RGBColor(0x55, 0x55, 0x55)][at % 3];
-            let drawn = LineSeries::new(line.points.iter().copied(), color.stroke_width(2)).point_size(3);
+            // Of lines that fall together, the lower ones are wider.
+            let width = 2 * (lines.len() - at) as u32;
+            let drawn = LineSeries::new(line.points.iter().copied(), color.stroke_width(width)).point_size(width + 1);
             let legend = move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2));
             chart.draw_series(drawn)?.label(&line.name).legend(legend);
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.2)).draw()
+        chart
+            .configure_series_labels()
+            .position(place.clone())
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.2))
+            .draw()
     };
     Ok(draw_lines().map_err(|e| e.to_string())?)
 }

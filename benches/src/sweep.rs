@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use plotters::chart::SeriesLabelPosition;
 
 use crate::picture::{Chart, Line, draw};
 use crate::side::{Side, write_model};
@@ -100,7 +101,8 @@ impl Sweep {
                     line.points.push((*value as f64, answer));
                 }
             }
-            charts.push(Chart { title: question.title, of: question.of, lines });
+            let legend = SeriesLabelPosition::MiddleRight;
+            charts.push(Chart { title: question.title, of: question.of, lines, legend });
         }
         draw(&self.out, &charts)
     }

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::lanes::vectorized;
+use super::lanes::{sum, vectorized};
 use super::product::{Columns, Matrix, Threads, Write, each_part, multiply};
 
 /// Sides of a block of the frozen factor: in 16 bits and once more in order, it stays in the second cache.
@@ -27,7 +27,7 @@ const UNIT: usize = 32;
 /// Up to this number of rows, reading the factor takes longer than multiplying by it.
 const FEW_ROWS: usize = 4;
 
-/// Parts for each thread.
+/// Parts for each thread; a product of few rows has one, for it is over sooner than a thread is woken twice.
 const PARTS: usize = 2;
 
 /// A frozen factor: value `(r, c)` lies at `r · row + c · column`, and one of the strides is one.
@@ -54,20 +54,21 @@ enum Engine {
     Blocks,
     /// Numbers in f32, by the library.
     Widened,
+    /// Numbers in f32, as they are read.
+    FewRows,
 }
 
 impl Engine {
     /// The fastest on this machine for so many rows.
     fn of(rows: usize) -> Self {
-        #[cfg(target_arch = "x86_64")]
         match () {
-            () if rows <= FEW_ROWS => {}
-            () if blocks::has_amx() => return Self::Amx,
-            () if blocks::has_avx512() => return Self::Avx512,
-            () => {}
+            () if rows <= FEW_ROWS => Self::FewRows,
+            #[cfg(target_arch = "x86_64")]
+            () if blocks::has_amx() => Self::Amx,
+            #[cfg(target_arch = "x86_64")]
+            () if blocks::has_avx512() => Self::Avx512,
+            () => Self::Widened,
         }
-        let _ = rows;
-        Self::Widened
     }
 }
 
@@ -90,7 +91,9 @@ fn product_by(engine: Engine, out: &mut [f32], x: &Matrix<'_>, weight: &Runs<'_>
         return;
     }
     let target = Columns { out: out.as_mut_ptr(), stride: n };
-    each_part(n, k * n, PARTS, |part| match engine {
+    let parts = if engine == Engine::FewRows { 1 } else { PARTS };
+    each_part(n, k * n, parts, |part| match engine {
+        Engine::FewRows => few_rows(target, x, weight, part),
         Engine::Widened => widened(target, x, weight, part),
         #[cfg(target_arch = "x86_64")]
         _ => ordered(engine, target, x, weight, part),
@@ -149,6 +152,46 @@ impl Runs<'_> {
             (rows.len(), self.column, columns.start * self.column + rows.start)
         };
         room.chunks_mut(width).enumerate().for_each(|(at, room)| (self.read)(first + at * count, &mut room[..run]));
+    }
+}
+
+/// Columns of the product, the factor read once and used at once.
+fn few_rows(target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, part: Range<usize>) {
+    /// Rows of the factor that are added up before the sums are written.
+    const TOGETHER: usize = 4;
+    let (k, width) = (weight.rows, part.len());
+    let mut x_rows = vec![0.0; x.rows * k];
+    each_row(x, &(0..k), &mut x_rows, k, |x| widen(rounded(x)));
+    let mut sums = vec![0.0; x.rows * width];
+    if weight.column == 1 {
+        let mut room = vec![bf16::ZERO; TOGETHER * width];
+        for top in (0..k).step_by(TOGETHER) {
+            let count = TOGETHER.min(k - top);
+            weight.block(&(top..top + count), &part, width, &mut room[..count * width]);
+            for (x, sums) in x_rows.chunks_exact(k).zip(sums.chunks_exact_mut(width)) {
+                let mut factors = [0.0; TOGETHER];
+                factors[..count].copy_from_slice(&x[top..top + count]);
+                let [a, b, c, d] = [0, 1, 2, 3].map(|row| &room[row * width..][..width]);
+                vectorized! {
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let w = [a[i], b[i], c[i], d[i]].map(|w| widen(w.to_bits()));
+                        *sum += factors[0] * w[0] + factors[1] * w[1] + factors[2] * w[2] + factors[3] * w[3];
+                    }
+                };
+            }
+        }
+    } else {
+        let mut room = vec![bf16::ZERO; k];
+        for (at, column) in part.clone().enumerate() {
+            weight.block(&(0..k), &(column..column + 1), k, &mut room);
+            for (x, sums) in x_rows.chunks_exact(k).zip(sums.chunks_exact_mut(width)) {
+                sums[at] = vectorized!(sum(k, |i| x[i] * widen(room[i].to_bits())));
+            }
+        }
+    }
+    for (r, sums) in sums.chunks_exact(width).enumerate() {
+        // SAFETY: the columns are in this part only, and there is a row of the output for each of `x`.
+        unsafe { target.at(r, part.start).copy_from_nonoverlapping(sums.as_ptr(), width) };
     }
 }
 
@@ -240,7 +283,7 @@ mod tests {
     }
 
     fn engines() -> Vec<Engine> {
-        let mut engines = vec![Engine::Widened];
+        let mut engines = vec![Engine::Widened, Engine::FewRows];
         #[cfg(target_arch = "x86_64")]
         {
             engines.push(Engine::Blocks);
@@ -252,6 +295,7 @@ mod tests {
 
     #[test]
     fn products_are_those_of_rounded_numbers() {
+        // Which of them there are is what a run under an emulator is for.
         println!("{:?}", engines());
         for (m, k, n) in [(1, 1, 1), (5, 33, 40), (32, 64, 32), (70, 600, 300), (40, 1100, 17), (64, 576, 1536)] {
             let (x, w) = (numbers(m * k, 1), numbers(k * n, 2));

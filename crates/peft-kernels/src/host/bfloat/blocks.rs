@@ -96,7 +96,7 @@ impl Multiplier {
                 Engine::Avx512 => avx512(factors, out, width, add_here),
                 #[cfg(test)]
                 Engine::Blocks => plain(factors, out, width, add_here),
-                Engine::Widened => unreachable!("has no order"),
+                Engine::Widened | Engine::FewRows => unreachable!("have no order"),
             }
         }
         if !whole {
