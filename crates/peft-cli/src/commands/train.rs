@@ -62,12 +62,8 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let device = device::open(name)?.autodiff();
     let data = Data::read(&settings)?;
 
-    let mut pretrained = model::load(
-        settings.model()?,
-        &method.packing(settings.packing.packing()?),
-        settings.precision.into(),
-        &device,
-    )?;
+    let packing = method.packing(settings.packing.packing()?);
+    let mut pretrained = model::load(settings.model()?, &packing, settings.precision.into(), &device)?;
     check_targets(&pretrained.model, method.as_ref())?;
     let total = pretrained.model.trainable().total;
     let adapted = method.attach(model::for_targets(pretrained.model, method.targets())?, settings.seed)?;

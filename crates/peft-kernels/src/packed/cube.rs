@@ -2,7 +2,6 @@
 //! which decoding a token at a time is.
 
 use burn::backend::cubecl::dtype_to_storage_type;
-use burn::backend::ops::FloatTensorOps as _;
 use burn::backend::tensor::FloatTensor;
 use burn::cubecl;
 use burn::tensor::{DType, Shape};
