@@ -36,7 +36,7 @@ pub enum FrozenType {
     /// 32 bits
     #[default]
     F32,
-    /// bfloat16: half the memory, and fast where the processor multiplies it
+    /// bfloat16: half the memory, and the processor's own instructions where it has them
     Bf16,
 }
 

@@ -42,8 +42,8 @@ impl Precision {
     fn check(self, device: &Device) -> Result<()> {
         match self {
             Self::Bf16 if !device.supports_dtype(DType::BF16) => Err(Error::Unsupported {
-                what: "frozen weights in bf16 on this device".to_owned(),
-                hint: "f32 is computed everywhere".to_owned(),
+                what: "bfloat16 on this device".to_owned(),
+                hint: "load the model in f32, which every device computes".to_owned(),
             }),
             _ => Ok(()),
         }

@@ -125,3 +125,24 @@ fn packing_refuses_what_makes_no_sense() {
     let (_, stderr) = refused(&strs(&shop.train("none", &["--quantize", "nf4", "--modules-to-save", "down_proj"])));
     assert!(stderr.contains("down_proj: the weight is packed"), "{stderr}");
 }
+
+#[test]
+fn a_run_over_bfloat16_goes_on_in_bfloat16_and_says_how_to_use_it() {
+    let shop = Workshop::new();
+    let losses = ["f32", "bf16"].map(|precision| {
+        let flags = ["--steps", "4", "--precision", precision];
+        json_of(&strs(&shop.train(precision, &flags)))["after"]["loss"].as_f64().unwrap()
+    });
+    let difference = (losses[0] - losses[1]).abs();
+    assert!(difference > 0.0 && difference < 0.02 * losses[0], "{losses:?}");
+    let settings = fs::read_to_string(shop.path("bf16/train.toml")).unwrap();
+    assert!(settings.contains("precision = \"bf16\""), "{settings}");
+
+    let (model, data, out) = (shop.path("model"), shop.path("data.jsonl"), shop.path("refused"));
+    let train = ["train", "--model", &model, "--data", &data, "--out", &out, "--precision", "bf16"];
+    let (code, message) = refused(&[&train[..], &["--quantize", "nf4", "--init", "loftq"]].concat());
+    assert!(code == 2 && message.contains("--precision f32"), "{message}");
+    let (code, message) =
+        refused(&["logits", "--model", &model, "--tokens", "3", "--precision", "bf16", "--device", "ndarray"]);
+    assert!(code == 1 && message.contains("bfloat16 on this device"), "{message}");
+}
