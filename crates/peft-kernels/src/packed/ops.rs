@@ -8,7 +8,7 @@ use burn::backend::NdArray;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, Ops};
 #[cfg(feature = "cube")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -17,6 +17,7 @@ use burn::tensor::{DType, Shape, Slice};
 
 use super::{Floats, PackedLayout, ScaleKind, nested_layout};
 use crate::formula::Float;
+use crate::record::{give, record};
 
 /// The tensors of a packed matrix on a backend.
 #[derive(Clone, Debug, ExtensionType)]
@@ -153,20 +154,16 @@ impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
             type State = Primitive<B>;
 
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
-                let [parent] = ops.parents;
+                let [x_node] = ops.parents;
                 let grad = grads.consume::<B>(&ops.node);
-                if let Some(node) = parent {
-                    grads.register::<B>(node.id, B::packed_linear_backward(grad, ops.state));
-                }
+                give::<B>(grads, x_node.map(|node| node.id), B::packed_linear_backward(grad, ops.state));
             }
         }
 
-        let packed = without_autodiff(packed);
-        let (x, guard) = x.into_parts();
-        match PackedLinear.prepare::<C>([guard]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(packed.clone(), B::packed_linear(x, packed)),
-            OpsKind::UnTracked(prep) => prep.finish(B::packed_linear(x, packed)),
-        }
+        let ((x, x_node), packed) = (x.into_parts(), without_autodiff(packed));
+        record(PackedLinear.prepare::<C>([x_node]), |tracked| {
+            (B::packed_linear(x, packed.clone()), tracked.then_some(packed))
+        })
     }
 }
 
