@@ -29,6 +29,8 @@ pub trait Activation {
 pub struct Base<'a> {
     weight: &'a Param<Tensor<2>>,
     bias: Option<&'a Param<Tensor<1>>>,
+    /// The type of the activations, which need not be that of the weight.
+    dtype: DType,
 }
 
 impl<'a> Base<'a> {
@@ -74,9 +76,9 @@ impl<'a> Base<'a> {
         self.biased(peft_kernels::low_rank_linear(x, weight, a, b, scale))
     }
 
-    /// The rows `ids` of `W`, `[rows]` to `[rows, d_model]`.
+    /// The rows `ids` of `W` in the type of the activations, `[rows]` to `[rows, d_model]`.
     pub fn embedding(&self, ids: Tensor<1, Int>) -> Tensor<2> {
-        self.weight.base().select(0, ids)
+        self.weight.base().select(0, ids).cast(self.dtype)
     }
 
     /// The dense weight `[d_in, d_out]`.
@@ -119,7 +121,7 @@ pub fn linear_with<const D: usize>(
     bias: Option<&Param<Tensor<1>>>,
     x: Tensor<D>,
 ) -> Tensor<D> {
-    let base = Base { weight, bias };
+    let base = Base { weight, bias, dtype: x.dtype() };
     let forward: &dyn Fn(Tensor<2>) -> Tensor<2> = match (base.adapter(), base.quantized()) {
         (Some(Some(adapter)), _) => &|x| adapter.linear(x, &base),
         (None, Some(_)) => &|x| base.linear(x),
@@ -160,7 +162,7 @@ pub fn product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 /// # Shapes
 /// `x`: `[tokens, d_in]`; `targets`: `[tokens]`, negative ones are left out
 pub fn cross_entropy(head: &Linear, x: Tensor<2>, targets: Tensor<1, Int>, smoothing: f64) -> Scores {
-    let base = Base { weight: &head.weight, bias: head.bias.as_ref() };
+    let base = Base { weight: &head.weight, bias: head.bias.as_ref(), dtype: x.dtype() };
     if base.adapter().is_none() && base.quantized().is_none() && head.bias.is_none() {
         peft_kernels::linear_cross_entropy(x, head.weight.val(), targets, smoothing)
     } else {
@@ -173,14 +175,20 @@ pub fn cross_entropy(head: &Linear, x: Tensor<2>, targets: Tensor<1, Int>, smoot
 /// # Shapes
 /// `[batch, seq]` to `[batch, seq, d_model]`
 pub fn embedding(layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
+    let dtype = layer.weight.base().dtype();
+    embedding_as(layer, ids, dtype)
+}
+
+/// [`embedding`] with rows in `dtype`: for a table in 16 bits under activations in f32, so that an adapter's small changes are not rounded away.
+pub fn embedding_as(layer: &Embedding, ids: Tensor<2, Int>, dtype: DType) -> Tensor<3> {
     let [batch, seq] = ids.dims();
-    let base = Base { weight: &layer.weight, bias: None };
+    let base = Base { weight: &layer.weight, bias: None, dtype };
     match base.adapter().flatten().and_then(|adapter| adapter.embedding(ids.clone().reshape([batch * seq]), &base)) {
         Some(y) => {
             let width = y.dims()[1];
             y.reshape([batch, seq, width])
         }
-        None => layer.forward(ids),
+        None => layer.forward(ids).cast(dtype),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::module::{Module, Param, ParamId, Reparameterizer};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::{
     Error, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan, visit_params,
@@ -176,6 +176,10 @@ impl<A: burn::module::Reparameterization> Reparameterizer for Attacher<A> {
     ) -> (Param<Tensor<D>>, Option<A>) {
         let adapter = self.adapters.remove(&param.id);
         let trained = self.trained.contains(&param.id);
+        let param = param.set_require_grad(false);
+        // A matrix in 16 bits would round the small steps of training away; a product does not mind the type of its weight.
+        let half = trained && D == 2 && matches!(param.base().dtype(), DType::F16 | DType::BF16);
+        let param = if half { param.map(|weight| weight.cast(DType::F32)) } else { param };
         (param.set_require_grad(trained), adapter)
     }
 }

@@ -24,7 +24,7 @@ mod site;
 mod targets;
 mod walk;
 
-pub use activation::{Activation, Base, cross_entropy, embedding, linear, linear_with, product};
+pub use activation::{Activation, Base, cross_entropy, embedding, embedding_as, linear, linear_with, product};
 pub use attach::{Peft, attach};
 pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};

@@ -264,7 +264,8 @@ impl PackedMatrix {
         }
     }
 
-    /// The same matrix, but products round both factors to bfloat16 and add up in f32: what QLoRA calls the compute type.
+    /// The same matrix, but products round both factors to bfloat16 and add up in f32: what QLoRA calls the compute type. Few rows, bound by reading the
+    /// matrix, may still be multiplied in f32.
     #[must_use]
     pub fn in_bf16(self) -> Self {
         Self { half: true, ..self }

@@ -4,7 +4,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Nonlinearity, Scores, activate, layer_norm, linear_cross_entropy};
-use peft_core::{AdapterAware, embedding, linear_with, product};
+use peft_core::{AdapterAware, embedding_as, linear_with, product};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::Gpt2Config;
@@ -129,7 +129,7 @@ impl Gpt2 {
         let positions = Tensor::<2, Int>::from_data(TensorData::new(positions, [rows, seq]), &device);
         // Tables may be in 16 bits, activations never.
         let dtype = model.ln_f.gamma.val().dtype();
-        let mut x = embedding(&model.wte, ids).cast(dtype) + embedding(&model.wpe, positions).cast(dtype);
+        let mut x = embedding_as(&model.wte, ids, dtype) + embedding_as(&model.wpe, positions, dtype);
         for (at, block) in model.h.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let attended = block.attn.forward(self.norm(&block.ln_1, x.clone()), self.config.n_head, &pass, cache);

@@ -7,7 +7,7 @@ use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy, rms_norm};
-use peft_core::{AdapterAware, cross_entropy, embedding, linear, product};
+use peft_core::{AdapterAware, cross_entropy, embedding_as, linear, product};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
@@ -111,7 +111,7 @@ impl Llama {
         let rope = Some((&config.rope, config.head_dim));
         let pass = Pass::new(layout, past, seq, rope, &ids.device());
         // Tables may be in 16 bits, activations never.
-        let mut x = embedding(&self.model.embed_tokens, ids).cast(self.model.norm.gamma.val().dtype());
+        let mut x = embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype());
         for (at, layer) in self.model.layers.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let attended = layer.self_attn.forward(norm(&layer.input_layernorm, x.clone()), config, &pass, at, cache);

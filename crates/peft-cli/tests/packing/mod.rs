@@ -138,6 +138,16 @@ fn a_run_over_bfloat16_goes_on_in_bfloat16_and_says_how_to_use_it() {
     let settings = fs::read_to_string(shop.path("bf16/train.toml")).unwrap();
     assert!(settings.contains("precision = \"bf16\""), "{settings}");
 
+    // What is trained whole is not frozen: it is f32, as small steps need it, in memory and in the file.
+    let whole = ["--steps", "4", "--precision", "bf16", "--modules-to-save", "lm_head,embed_tokens"];
+    let result = json_of(&strs(&shop.train("whole", &whole)));
+    assert!(result["after"]["loss"].as_f64().unwrap() < losses[1], "{result}");
+    let bytes = fs::read(shop.path("whole/adapter_model.safetensors")).unwrap();
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Map<String, Value> = serde_json::from_slice(&bytes[8..end]).unwrap();
+    let tensors = header.iter().filter(|(name, _)| *name != "__metadata__");
+    assert!(tensors.clone().count() > 14 && tensors.into_iter().all(|(_, tensor)| tensor["dtype"] == "F32"));
+
     let (model, data, out) = (shop.path("model"), shop.path("data.jsonl"), shop.path("refused"));
     let train = ["train", "--model", &model, "--data", &data, "--out", &out, "--precision", "bf16"];
     let (code, message) = refused(&[&train[..], &["--quantize", "nf4", "--init", "loftq"]].concat());

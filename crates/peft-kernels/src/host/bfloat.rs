@@ -308,9 +308,12 @@ mod tests {
             for (values, row, column) in [(&exact_w, n, 1), (&by_columns, 1, k)] {
                 let read = |start: usize, out: &mut [bf16]| out.copy_from_slice(&values[start..start + out.len()]);
                 let weight = Runs { rows: k, columns: n, row, column, read: &read };
-                for engine in engines() {
+                let in_columns: Vec<f32> = (0..m * k).map(|at| x[at % m * k + at / m]).collect();
+                let (in_rows, in_columns) = (Matrix::contiguous(&*x, m, k), Matrix::contiguous(in_columns, k, m));
+                let forms = [in_rows.clone(), in_columns.transposed()];
+                for (engine, x) in engines().into_iter().flat_map(|engine| forms.iter().map(move |x| (engine, x))) {
                     let mut out = vec![f32::NAN; m * n];
-                    product_by(engine, &mut out, &Matrix::contiguous(&*x, m, k), &weight);
+                    product_by(engine, &mut out, x, &weight);
                     for r in (0..m).step_by(7).chain([m - 1]) {
                         for c in (0..n).step_by(5).chain([n - 1]) {
                             let (found, expected) = (f64::from(out[r * n + c]), sum(r, c));

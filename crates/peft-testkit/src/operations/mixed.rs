@@ -1,4 +1,4 @@
-//! Products of f32 with frozen matrices in bfloat16, against the same products with the same matrices in f32.
+//! Products of f32 with frozen matrices in 16 bits, against the same products with the same matrices in f32.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use peft_core::kernels::{PackedLayout, Weight, linear_cross_entropy, low_rank_linear, mixed_linear};
@@ -28,24 +28,26 @@ pub(super) fn checks() -> Vec<Operation> {
         linear_cross_entropy(x, weight, targets, 0.1).losses.unsqueeze_dim(1)
     };
     vec![
-        check("mixed_linear bf16", true, dense(mixed_linear)),
-        check("mixed_linear transposed bf16", true, dense(transposed)),
-        check("low_rank_linear over bf16", true, dense(low_rank)),
+        check("mixed_linear bf16", DType::BF16, true, dense(mixed_linear, DType::BF16)),
+        check("mixed_linear f16", DType::F16, true, dense(mixed_linear, DType::F16)),
+        check("mixed_linear transposed bf16", DType::BF16, true, dense(transposed, DType::BF16)),
+        check("low_rank_linear over bf16", DType::BF16, true, dense(low_rank, DType::BF16)),
         // The gradient of the logits is rounded on its way back.
-        check("linear_cross_entropy over bf16", false, dense(losses)),
-        check("packed_linear in bf16", false, packed),
+        check("linear_cross_entropy over bf16", DType::BF16, false, dense(losses, DType::BF16)),
+        check("packed_linear in bf16", DType::BF16, false, packed),
     ]
 }
 
 /// A check that the device allows; `exact` where nothing is rounded when the inputs are not.
 fn check(
     name: &str,
+    dtype: DType,
     exact: bool,
     pair: impl Fn([usize; 3], &Device, bool) -> Result<[Vec<f64>; 2], Failure> + 'static,
 ) -> Operation {
     let measure = move |device: &Device| {
-        if !device.supports_dtype(DType::BF16) {
-            return Ok(Finding::Skipped("the device has no BF16".to_owned()));
+        if !device.supports_dtype(dtype) {
+            return Ok(Finding::Skipped(format!("the device has no {dtype:?}")));
         }
         let mut worst = 0.0;
         for size in SIZES {
@@ -59,12 +61,13 @@ fn check(
     (name.to_owned(), Box::new(measure))
 }
 
-/// Output and gradient of the input over a matrix in bfloat16, or over the same numbers in f32.
+/// Output and gradient of the input over a matrix in 16 bits, or over the same numbers in f32.
 fn dense(
     operation: impl Fn(Tensor<2>, Tensor<2>) -> Tensor<2>,
+    dtype: DType,
 ) -> impl Fn([usize; 3], &Device, bool) -> Result<[Vec<f64>; 2], Failure> {
     move |[rows, d_in, d_out], device, half| {
-        let weight = matrix([d_in, d_out], 2, device, if half { DType::BF16 } else { DType::F32 });
+        let weight = matrix([d_in, d_out], 2, device, if half { dtype } else { DType::F32 });
         both(matrix([rows, d_in], 1, &device.clone().autodiff(), DType::F32), |x| operation(x, weight.clone()))
     }
 }
