@@ -192,12 +192,17 @@ impl<M: Method> Subject<'_, M> {
     fn sites(&self) -> Result<Vec<Site>, Failure> {
         let adapted = scan(&self.attached()?).adapted;
         let Scan { sites, .. } = scan(&self.base());
-        Ok(sites.into_iter().filter(|site| adapted.contains(&format!("{}.weight", site.path))).collect())
+        Ok(sites.into_iter().filter(|site| adapted.contains(&site.path)).collect())
     }
 
     /// Why the method's weight form is not the whole method; then only the activation seam is looked at.
     fn weight_form_lacks(&self) -> Result<Option<String>, Failure> {
         Ok(self.sites()?.iter().find_map(|site| self.method().needs_activation(site)))
+    }
+
+    /// Why the method is no part of a weight; then merging is refused.
+    fn unmergeable(&self) -> Result<Option<String>, Failure> {
+        Ok(self.sites()?.iter().find_map(|site| self.method().unmergeable(site)))
     }
 
     fn seams(&self) -> Result<&'static [Seam], Failure> {

@@ -7,7 +7,7 @@ use burn::nn::Linear;
 use burn::nn::transformer::TransformerEncoderInput;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use peft_core::{LayerKind, Method, Site, attach};
+use peft_core::{Error, LayerKind, Method, Site, attach};
 
 use super::{Layer, ROUNDING, Subject};
 use crate::stack::{BATCH, IDS, SEQ, VOCAB, WIDTH, ids, input};
@@ -30,9 +30,16 @@ pub(super) fn identity<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     Ok(Finding::Measured { deviation: worst, bound: subject.laws.identity })
 }
 
-/// The merged model is the adapted one.
+/// The merged model is the adapted one; or merging is refused, with the reason.
 pub(super) fn merge<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     let model = subject.random()?;
+    if let Some(reason) = subject.unmergeable()? {
+        return match peft_core::merge(model, subject.method()) {
+            Err(error @ Error::Merge { .. }) if error.to_string().contains(&reason) => Ok(Finding::Holds),
+            Err(error) => Err(format!("does not say that {reason}: {error}").into()),
+            Ok(_) => Err(format!("merged, though {reason}").into()),
+        };
+    }
     let merged = output(&peft_core::merge(model.clone(), subject.method())?, Seam::Weight)?;
     let mut worst: f64 = 0.0;
     for seam in subject.seams()? {
@@ -96,7 +103,7 @@ fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
             let hot = |at: usize| f64::from(u8::from(usize::try_from(IDS[at / VOCAB]) == Ok(at % VOCAB)));
             (0..rows * VOCAB).map(hot).collect()
         }
-        LayerKind::Linear | LayerKind::Conv1D => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
+        _ => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
     };
     let (weight, bias) = weight_and_bias(model, site);
     let bias = bias.map(|bias| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(bias.base())?)?)).transpose()?;
