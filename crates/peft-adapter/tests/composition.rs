@@ -1,4 +1,5 @@
 //! Several bottlenecks at one place.
+#![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
 use std::path::Path;
 
@@ -127,7 +128,7 @@ fn a_composition_that_makes_no_sense_is_refused() {
     let refused =
         |composition: Composition, with: &str| match base().attach(&ComposedConfig::new(adapters(), composition)) {
             Err(Error::Config { field, expected, .. }) => {
-                assert!(field == "composition" && expected.contains(with), "{expected}")
+                assert!(field == "composition" && expected.contains(with), "{expected}");
             }
             other => panic!("expected an error with {with:?}, found {other:?}"),
         };

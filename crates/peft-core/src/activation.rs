@@ -258,7 +258,7 @@ pub fn embedding_as(layer: &Embedding, ids: Tensor<2, Int>, dtype: DType) -> Ten
 type Lookup<const D: usize> = for<'a> fn(&'a Param<Tensor<D>>) -> Option<Option<&'a dyn Activation>>;
 
 /// How one method finds its adapter, in parameters of each rank that layers have.
-struct Lookups {
+pub(crate) struct Lookups {
     method: TypeId,
     vector: Lookup<1>,
     matrix: Lookup<2>,

@@ -22,7 +22,7 @@ use crate::{
     hf_name, map_params, scan, visit_params,
 };
 
-pub use self::hub::{HUB_TENSOR_FILE, HubFolder};
+pub use self::hub::{HUB_TENSOR_FILE, HubFolder, layers_config};
 pub use self::torch::read_torch;
 
 /// The configuration's file name.

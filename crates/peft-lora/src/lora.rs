@@ -5,12 +5,19 @@
 //! - trained: `rank · (d_in + d_out)` values a weight, `d_out` more with `lora_bias`
 //! - at init: identity, since `B = 0` (for embeddings `A = 0`), unless `init_lora_weights` is `false`
 
+use std::collections::BTreeMap;
+
 use burn::module::{Module, Param, Reparameterization};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
-use peft_core::{Activation, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value};
+use peft_core::files::{HubFolder, Values};
+use peft_core::{
+    Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
+};
 use serde::{Deserialize, Serialize};
+
+use crate::hub;
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -250,6 +257,14 @@ impl Method for LoraConfig {
                 }
             }
         }
+    }
+
+    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
+        hub::read(folder).map(Some)
+    }
+
+    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
+        hub::write(file, name).map(Some)
     }
 
     fn activation(adapter: &LoraAdapter) -> Option<&dyn Activation> {

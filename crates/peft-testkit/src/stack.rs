@@ -38,7 +38,7 @@ pub struct Stack {
 }
 
 /// Added to the variance in `norm`.
-pub const EPSILON: f64 = 1e-5;
+pub(crate) const EPSILON: f64 = 1e-5;
 
 pub(crate) const BATCH: usize = 2;
 pub(crate) const SEQ: usize = 4;

@@ -1,6 +1,6 @@
 //! AdapterHub's layout: `adapter_config.json` with an object `config`, and `adapter.safetensors` or `pytorch_adapter.bin`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -123,4 +123,38 @@ impl<M: Method> AdapterFile<M> {
         })?;
         folder.write(dir)
     }
+}
+
+/// The fields of `config` that say which layers have LoRA or (IA)³ there: projections of the attention, and both of the feed-forward part.
+///
+/// # Errors
+/// When one of the layers is none of these.
+pub fn layers_config<'a>(modules: impl IntoIterator<Item = &'a str>) -> Result<Map<String, Value>> {
+    let (mut matrices, mut intermediate, mut output) = (BTreeSet::new(), false, false);
+    for module in modules {
+        let names: Vec<&str> = module.rsplit('.').take(3).collect();
+        match names[..] {
+            ["query", ..] => drop(matrices.insert("q")),
+            ["key", ..] => drop(matrices.insert("k")),
+            ["value", ..] => drop(matrices.insert("v")),
+            ["dense", "intermediate", ..] => intermediate = true,
+            ["dense", "output", above] if above != "attention" => output = true,
+            _ => {
+                let expected = "query, key, value, intermediate.dense and output.dense, which AdapterHub's layout has";
+                return Err(Error::config("target_modules", expected, module));
+            }
+        }
+    }
+    let fields = serde_json::json!({
+        "attn_matrices": matrices,
+        "selfattn_lora": !matrices.is_empty(),
+        "intermediate_lora": intermediate,
+        "output_lora": output,
+        "architecture": "lora",
+        "leave_out": [],
+        "use_dora": false,
+        "use_gating": false,
+    });
+    let Value::Object(fields) = fields else { unreachable!("made as an object") };
+    Ok(fields)
 }

@@ -52,8 +52,9 @@ impl<'a> Archive<'a> {
     fn open(bytes: &'a [u8]) -> Outcome<Self> {
         let inner =
             zip::ZipArchive::new(Cursor::new(bytes)).map_err(|e| format!("not a file of PyTorch 1.6 or later: {e}"))?;
-        let program = inner.file_names().find_map(|name| name.strip_suffix("/data.pkl"));
-        let root = program.ok_or("not a file of PyTorch: there is no data.pkl in it")?.to_owned();
+        let folder = |name: &str| name.strip_suffix("/data.pkl").map(str::to_owned);
+        let root = inner.file_names().find_map(|name| folder(&name.ok()?));
+        let root = root.ok_or("not a file of PyTorch: there is no data.pkl in it")?;
         Ok(Self { inner, root })
     }
 

@@ -2,7 +2,7 @@
 
 mod kernels;
 
-use burn::backend::Backend as _;
+use burn::backend::ops::{FloatTensorOps as _, IntTensorOps as _};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Shape, Slice};
 use burn_cubecl::CubeBackend;

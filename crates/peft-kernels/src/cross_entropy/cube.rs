@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::backend::Backend as _;
+use burn::backend::ops::{FloatTensorOps as _, IntTensorOps as _};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::cubecl;
 use burn::tensor::{DType, Shape, Slice};
@@ -27,14 +27,15 @@ fn score_kernel(
     smoothing: f32,
     #[comptime] gradient: bool,
 ) {
-    let (row, vocab, unit) = (CUBE_POS as usize, vocab as usize, UNIT_POS_X as usize);
+    let (row, vocab, unit) = (CUBE_POS, vocab as usize, UNIT_POS_X as usize);
     if row >= targets.len() {
         terminate!();
     }
     let start = row * vocab;
     let place = likeliest(z, start, vocab);
     let highest = z[start + place];
-    let (mut total, mut mean) = (0.0f32, 0.0f32);
+    let mut total = 0.0f32;
+    let mut mean = 0.0f32;
     let mut at = unit;
     while at < vocab {
         let shifted = z[start + at] - highest;
@@ -74,7 +75,7 @@ fn score_kernel(
 
 /// The first place of the largest value of a row, for all threads of the group.
 #[cube]
-fn likeliest(z: &Tensor<f32>, start: usize, vocab: usize) -> usize {
+fn likeliest(z: &mut Tensor<f32>, start: usize, vocab: usize) -> usize {
     let unit = UNIT_POS_X as usize;
     let mut values = Shared::<[f32]>::new_slice(comptime!(UNITS));
     let mut places = Shared::<[u32]>::new_slice(comptime!(UNITS));

@@ -49,7 +49,7 @@ fn norm_kernel(
     epsilon: f32,
     #[comptime] centred: bool,
 ) {
-    let (row, width) = (CUBE_POS as usize, gamma.len());
+    let (row, width) = (CUBE_POS, gamma.len());
     if row >= rows as usize {
         terminate!();
     }
@@ -73,14 +73,15 @@ fn norm_backward_kernel(
     epsilon: f32,
     #[comptime] centred: bool,
 ) {
-    let (row, width) = (CUBE_POS as usize, gamma.len());
+    let (row, width) = (CUBE_POS, gamma.len());
     if row >= rows as usize {
         terminate!();
     }
     let (start, unit) = (row * width, UNIT_POS_X as usize);
     let mean = mean_of(x, start, width, centred);
     let inverse = inverse_of(x, start, width, mean, epsilon);
-    let (mut along, mut level) = (0.0f32, 0.0f32);
+    let mut along = 0.0f32;
+    let mut level = 0.0f32;
     let mut at = unit;
     while at < width {
         let g = grad[start + at] * gamma[at];

@@ -88,8 +88,8 @@ impl Head {
             seen = seen && (past + token < key + sizes.window as usize || key < sizes.prefix as usize);
         }
         if comptime!(kind.segmented) {
+            let start = self.batch * sizes.seq as usize;
             if seen && key >= past {
-                let start = self.batch * sizes.seq as usize;
                 seen = segments[start + key - past] == segments[start + token];
             }
         }
@@ -191,7 +191,8 @@ pub(super) fn forward_kernel(
     let place = head.query(at, sizes, kind);
     let query = own(q, place, at < head.rows, kind);
     let mut sum = own(q, place, false, kind);
-    let (mut highest, mut total) = (NONE.runtime(), 0.0f32);
+    let mut highest = NONE.runtime();
+    let mut total = 0.0f32;
     let mut keys = Shared::<[f32]>::new_slice(comptime!(kind.tile * kind.head_dim));
     let mut values = Shared::<[f32]>::new_slice(comptime!(kind.tile * kind.head_dim));
     let mut scores = Array::<f32>::new(comptime!(kind.tile));
@@ -250,7 +251,8 @@ pub(super) fn query_kernel(
     let place = head.query(at, sizes, kind);
     let query = own(q, place, at < head.rows, kind);
     let output_grad = own(grad, place, at < head.rows, kind);
-    let (mut log_sum, mut along) = (0.0f32, 0.0f32);
+    let mut log_sum = 0.0f32;
+    let mut along = 0.0f32;
     if at < head.rows {
         log_sum = stats[head.stat(at)];
         along = stats[stats.len() / 2 + head.stat(at)];
@@ -331,6 +333,7 @@ pub(super) fn key_kernel(
     }
     if valid {
         put(&key_sum, grads, place, 1.0f32, kind);
-        put(&value_sum, grads, grads.len() / 2 + place, 1.0f32, kind);
+        let behind = grads.len() / 2 + place;
+        put(&value_sum, grads, behind, 1.0f32, kind);
     }
 }
