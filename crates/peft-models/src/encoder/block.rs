@@ -1,0 +1,176 @@
+//! The block that all encoders share, and what each family calls its parts.
+//!
+//! - post-LN (BERT, RoBERTa, DistilBERT): `x = norm(attention(x) + x)`, then `x = norm(mlp(x) + x)`
+//! - pre-LN (ViT, DINOv2): `x = s·attention(norm(x)) + x`, then `x = s·mlp(norm(x)) + x`; `s` is one in ViT, learned in DINOv2
+//! - `mlp(x) = down(f(up(x)))`
+
+use burn::module::{Initializer, Module, Param};
+use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::tensor::{Device, Int, Tensor};
+use peft_core::kernels::{Sight, activate, attention, layer_norm};
+use peft_core::{Named, linear};
+
+use crate::attention::split_heads;
+use crate::config::{EncoderConfig, Family};
+
+/// What a family calls a model inside one with a head, its stack of blocks, and the parts of a block.
+pub(crate) struct Names {
+    pub(crate) body: &'static str,
+    pub(crate) layers: &'static str,
+    query: &'static str,
+    key: &'static str,
+    value: &'static str,
+    output: &'static str,
+    attention_norm: &'static str,
+    up: &'static str,
+    down: &'static str,
+    mlp_norm: &'static str,
+}
+
+const BERT: Names = Names {
+    body: "bert",
+    layers: "encoder.layer",
+    query: "attention.self.query",
+    key: "attention.self.key",
+    value: "attention.self.value",
+    output: "attention.output.dense",
+    attention_norm: "attention.output.LayerNorm",
+    up: "intermediate.dense",
+    down: "output.dense",
+    mlp_norm: "output.LayerNorm",
+};
+
+const DISTILBERT: Names = Names {
+    body: "distilbert",
+    layers: "transformer.layer",
+    query: "attention.q_lin",
+    key: "attention.k_lin",
+    value: "attention.v_lin",
+    output: "attention.out_lin",
+    attention_norm: "sa_layer_norm",
+    up: "ffn.lin1",
+    down: "ffn.lin2",
+    mlp_norm: "output_layer_norm",
+};
+
+const VIT: Names = Names {
+    body: "vit",
+    query: "attention.attention.query",
+    key: "attention.attention.key",
+    value: "attention.attention.value",
+    attention_norm: "layernorm_before",
+    mlp_norm: "layernorm_after",
+    ..BERT
+};
+
+const DINOV2: Names =
+    Names { body: "dinov2", attention_norm: "norm1", up: "mlp.fc1", down: "mlp.fc2", mlp_norm: "norm2", ..VIT };
+
+impl Family {
+    pub(crate) fn names(self) -> Names {
+        match self {
+            Self::Bert => BERT,
+            Self::Roberta => Names { body: "roberta", ..BERT },
+            Self::DistilBert => DISTILBERT,
+            Self::Vit => VIT,
+            Self::Dinov2 => DINOV2,
+        }
+    }
+
+    /// Whether a sub-layer's input is normed, rather than what it comes to.
+    pub(crate) fn norms_first(self) -> bool {
+        matches!(self, Self::Vit | Self::Dinov2)
+    }
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct Block {
+    query: Named<Linear>,
+    key: Named<Linear>,
+    value: Named<Linear>,
+    output: Named<Linear>,
+    attention_norm: Named<LayerNorm>,
+    layer_scale1: Option<LayerScale>,
+    up: Named<Linear>,
+    down: Named<Linear>,
+    mlp_norm: Named<LayerNorm>,
+    layer_scale2: Option<LayerScale>,
+}
+
+/// A learned factor for each feature. Touvron et al. 2021, arXiv:2103.17239.
+#[derive(Module, Debug)]
+struct LayerScale {
+    lambda1: Param<Tensor<1>>,
+}
+
+impl Block {
+    pub(crate) fn new(config: &EncoderConfig, device: &Device) -> Self {
+        let names = config.family.names();
+        let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let proj = |name, d_in, d_out, bias| {
+            let layer = LinearConfig::new(d_in, d_out).with_bias(bias).with_initializer(initializer.clone());
+            Named::new(name, layer.init(device))
+        };
+        let scale = || {
+            let scaled = config.family == Family::Dinov2;
+            scaled.then(|| LayerScale { lambda1: Initializer::Ones.init([config.hidden_size], device) })
+        };
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Self {
+            query: proj(names.query, hidden, hidden, config.qkv_bias),
+            key: proj(names.key, hidden, hidden, config.qkv_bias),
+            value: proj(names.value, hidden, hidden, config.qkv_bias),
+            output: proj(names.output, hidden, hidden, true),
+            attention_norm: new_norm(names.attention_norm, config, device),
+            layer_scale1: scale(),
+            up: proj(names.up, hidden, inner, true),
+            down: proj(names.down, inner, hidden, true),
+            mlp_norm: new_norm(names.mlp_norm, config, device),
+            layer_scale2: scale(),
+        }
+    }
+
+    /// `x`: `[batch, seq, hidden]`; `segments`: `[batch, seq]`, tokens of different ones do not see each other.
+    pub(crate) fn forward(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
+        let attended = self.attend(start(x.clone(), &self.attention_norm, config), config, segments);
+        let x = finish(scaled(attended, self.layer_scale1.as_ref()), x, &self.attention_norm, config);
+        let inner = activate(linear(&self.up, start(x.clone(), &self.mlp_norm, config)), config.activation);
+        let output = linear(&self.down, inner);
+        finish(scaled(output, self.layer_scale2.as_ref()), x, &self.mlp_norm, config)
+    }
+
+    fn attend(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
+        let project = |layer: &Linear| split_heads(linear(layer, x.clone()), config.num_attention_heads);
+        let (q, k, v) = (project(&self.query), project(&self.key), project(&self.value));
+        let scale = (q.dims()[3] as f64).sqrt().recip();
+        let attended = attention(q, k, v, segments.cloned(), Sight::default(), scale);
+        linear(&self.output, attended.flatten(2, 3))
+    }
+}
+
+/// What a sub-layer reads of the residual stream.
+fn start(input: Tensor<3>, norm_of: &LayerNorm, config: &EncoderConfig) -> Tensor<3> {
+    if config.family.norms_first() { norm(norm_of, input, config.layer_norm_eps) } else { input }
+}
+
+/// The residual stream after a sub-layer that made `output` of it.
+fn finish(output: Tensor<3>, input: Tensor<3>, norm_of: &LayerNorm, config: &EncoderConfig) -> Tensor<3> {
+    let sum = output + input;
+    if config.family.norms_first() { sum } else { norm(norm_of, sum, config.layer_norm_eps) }
+}
+
+fn scaled(x: Tensor<3>, scale: Option<&LayerScale>) -> Tensor<3> {
+    match scale {
+        Some(scale) => x * scale.lambda1.val().unsqueeze(),
+        None => x,
+    }
+}
+
+pub(crate) fn new_norm(name: &'static str, config: &EncoderConfig, device: &Device) -> Named<LayerNorm> {
+    let norm = LayerNormConfig::new(config.hidden_size).with_epsilon(config.layer_norm_eps);
+    Named::new(name, norm.init(device))
+}
+
+pub(crate) fn norm(norm: &LayerNorm, x: Tensor<3>, epsilon: f64) -> Tensor<3> {
+    layer_norm(x, norm.gamma.val(), norm.beta.as_ref().map(Param::val), epsilon)
+}
