@@ -3,7 +3,7 @@
 //! Parameter paths are the keys that `transformers` writes, `bert.encoder.layer.0.attention.self.query.weight` or, without a head,
 //! `encoder.layer.0.attention.self.query.weight`; so adapters of PEFT attach by their own names.
 
-mod block;
+pub(crate) mod block;
 mod text;
 mod vision;
 
