@@ -9,9 +9,10 @@ mod resample;
 
 use std::path::Path;
 
+use ::image::{ImageReader, RgbImage};
 use burn::tensor::{Device, Tensor, TensorData};
-use image::{ImageReader, RgbImage};
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use self::resample::{Filter, Picture, resize};
 use crate::{Error, Result};
@@ -87,7 +88,11 @@ impl ImageProcessor {
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("preprocessor_config.json");
         let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let file: File = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+        let malformed = |e: serde_json::Error| Error::format(&path, e.to_string());
+        let mut json: Map<String, Value> = serde_json::from_str(&text).map_err(malformed)?;
+        // As in `config.json`, null is what is not said.
+        json.retain(|_, value| !value.is_null());
+        let file: File = serde_json::from_value(Value::Object(json)).map_err(malformed)?;
         Self::new(&file).map_err(|what| Error::format(&path, what))
     }
 
@@ -100,9 +105,7 @@ impl ImageProcessor {
             }
         };
         let target = match file.size {
-            Size::Side(side) => {
-                Target::Exact { height: checked("size", side)?, width: checked("size", side)? }
-            }
+            Size::Side(side) => Target::Exact { height: checked("size", side)?, width: checked("size", side)? },
             Size::Both { height, width } => {
                 Target::Exact { height: checked("size", height)?, width: checked("size", width)? }
             }
@@ -111,13 +114,14 @@ impl ImageProcessor {
         let crop = match file.crop_size {
             Size::Side(side) => [side, side],
             Size::Both { height, width } => [height, width],
-            Size::Short { .. } if file.do_center_crop => return Err("`crop_size`: expected height and width".to_owned()),
+            Size::Short { .. } if file.do_center_crop => {
+                return Err("`crop_size`: expected height and width".to_owned());
+            }
             Size::Short { shortest_edge } => [shortest_edge; 2],
         };
         let filter = Filter::of(file.resample);
-        let filter = filter.ok_or_else(|| {
-            format!("`resample`: expected 2 (bilinear) or 3 (bicubic), found {}", file.resample)
-        })?;
+        let filter = filter
+            .ok_or_else(|| format!("`resample`: expected 2 (bilinear) or 3 (bicubic), found {}", file.resample))?;
         if let Some(std) = file.image_std.iter().find(|std| !(std.is_finite() && **std > 0.0)) {
             return Err(format!("`image_std`: expected positive numbers, found {std}"));
         }
