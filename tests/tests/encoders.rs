@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::files::{Values, read_values, write_values};
-use peft_core::{Peft, Targets, scan};
+use peft_core::{ParamVisitor, PathStack, Peft, Targets, scan, visit_params};
 use peft_lora::LoraConfig;
 use peft_models::config::Architecture;
 use peft_models::encoder::{Input, Text};
@@ -379,34 +380,36 @@ fn adapters_attach_by_the_names_of_peft() {
     assert_eq!(found.len(), 2 * 6 + 1, "six in a block, and the pooler: {found:?}");
 }
 
+/// The gradients of every trained parameter, one after the other.
+struct Gradients<'a> {
+    of: &'a GradientsParams,
+    values: Vec<f32>,
+}
+
+impl ParamVisitor for Gradients<'_> {
+    fn float<const D: usize>(&mut self, _at: &PathStack, param: &Param<Tensor<D>>) {
+        self.values.extend(self.of.get::<D>(param.id).map(values).into_iter().flatten());
+    }
+}
+
 /// Gradients of a LoRA over rows with padding equal those over the same rows alone.
 #[test]
 fn padding_changes_no_gradient() {
-    let source = ModelSource::Dir(dir("bert_seqcls"));
+    let device = Device::flex().autodiff();
     let lora = LoraConfig::new(2, Targets::modules(["query", "value"]));
-    let model = PretrainedEncoder::load(&source, &Device::flex().autodiff()).unwrap().model.attach(&lora).unwrap();
-    let on = |tensor: Tensor<2, Int>| -> Tensor<2, Int> {
-        Tensor::from_data(tensor.into_data(), &Device::flex().autodiff())
-    };
-    let moved = |text: Text| Text { ids: on(text.ids), mask: text.mask.map(on), types: text.types.map(on) };
-    let gradient = |texts: Vec<Text>| -> Vec<f32> {
-        let logits = texts.into_iter().map(|text| model.forward(&Input::Text(moved(text))).square().sum());
-        let loss = logits.reduce(|a, b| a + b).unwrap();
-        let mut gradients = GradientsParams::from_grads(loss.backward(), &model);
-        let mut collected = Vec::new();
-        for site in scan(&model).sites {
-            let _ = site;
-        }
-        struct Collect<'a>(&'a mut GradientsParams, &'a mut Vec<f32>);
-        impl peft_core::ParamVisitor for Collect<'_> {
-            fn float<const D: usize>(&mut self, _: &peft_core::PathStack, param: &burn::module::Param<Tensor<D>>) {
-                if let Some(gradient) = self.0.remove::<D>(param.id) {
-                    self.1.extend(values(gradient));
-                }
-            }
-        }
-        peft_core::visit_params(&model, &mut Collect(&mut gradients, &mut collected));
-        collected
+    let model = PretrainedEncoder::load(&ModelSource::Dir(dir("bert_seqcls")), &device).unwrap().model;
+    let model = model.attach(&lora).unwrap();
+    let on = |tensor: Tensor<2, Int>| Tensor::<2, Int>::from_data(tensor.into_data(), &device);
+    let gradient = |texts: Vec<Text>| {
+        let square = |Text { ids, mask, types }| {
+            let text = Text { ids: on(ids), mask: mask.map(on), types: types.map(on) };
+            model.forward(&Input::Text(text)).square().sum()
+        };
+        let loss = texts.into_iter().map(square).reduce(|a, b| a + b).unwrap();
+        let of = GradientsParams::from_grads(loss.backward(), &model);
+        let mut gradients = Gradients { of: &of, values: Vec::new() };
+        visit_params(&model, &mut gradients);
+        gradients.values
     };
     let text = text("bert_seqcls", true);
     let alone = gradient(vec![unpadded(&text, 0), unpadded(&text, 1)]);
