@@ -172,7 +172,7 @@ impl Head {
             _ => (None, "classifier"),
         };
         let d_in = if whole && config.family == Family::Dinov2 { 2 * hidden } else { hidden };
-        let layer = |name, d_in, d_out| Named::new(name, fresh_linear(name, d_in, d_out, seed, device));
+        let layer = |name: &'static str, d_in, d_out| Named::new(name, fresh_linear(name, d_in, d_out, seed, device));
         let dense = dense.map(|name| layer(name, hidden, hidden));
         Some(Self { dense, output: layer(output, d_in, outputs) })
     }

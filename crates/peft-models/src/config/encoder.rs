@@ -243,10 +243,7 @@ impl Fields<'_> {
 
     /// A number, or height and width where they are equal.
     fn side(&self, name: &str, default: usize) -> Result<usize> {
-        let sides = match self.get(name) {
-            Some(Value::Array(sides)) => sides,
-            _ => return self.count_or(name, default),
-        };
+        let Some(Value::Array(sides)) = self.get(name) else { return self.count_or(name, default) };
         match (sides.first().and_then(Value::as_u64), sides.get(1).and_then(Value::as_u64)) {
             (Some(height), Some(width)) if height == width && sides.len() == 2 => {
                 let inner = serde_json::json!({ name: height });

@@ -107,7 +107,7 @@ impl Block {
     pub(crate) fn new(config: &EncoderConfig, device: &Device) -> Self {
         let names = config.family.names();
         let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
-        let proj = |name, d_in, d_out, bias| {
+        let proj = |name: &'static str, d_in, d_out, bias| {
             let layer = LinearConfig::new(d_in, d_out).with_bias(bias).with_initializer(initializer.clone());
             Named::new(name, layer.init(device))
         };
@@ -161,7 +161,7 @@ fn finish(output: Tensor<3>, input: Tensor<3>, norm_of: &LayerNorm, config: &Enc
 
 fn scaled(x: Tensor<3>, scale: Option<&LayerScale>) -> Tensor<3> {
     match scale {
-        Some(scale) => x * scale.lambda1.val().unsqueeze(),
+        Some(scale) => x * scale.lambda1.val().unsqueeze::<3>(),
         None => x,
     }
 }

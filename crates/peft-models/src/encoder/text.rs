@@ -42,7 +42,7 @@ impl Text {
         let Some(mask) = &self.mask else { return x.mean_dim(1) };
         // A row of padding alone has no mean; zero is what it gets.
         let count = mask.clone().sum_dim(1).clamp_min(1).float().cast(x.dtype()); // [batch, 1]
-        pick(mask.clone(), x) / count.unsqueeze_dim(2)
+        pick(mask.clone(), x) / count.unsqueeze_dim::<3>(2)
     }
 }
 
