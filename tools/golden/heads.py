@@ -7,7 +7,7 @@ import shutil
 import ia3
 import lora
 from encoders import CASES, PROCESSORS, load, outputs
-from models import TESTDATA, write_json
+from common import TESTDATA, write_json
 from peft_case import write_case
 
 import torch

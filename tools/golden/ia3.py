@@ -2,7 +2,7 @@
 
 import shutil
 
-from models import TESTDATA, write_json
+from common import TESTDATA, write_json
 from peft_case import write_case
 
 import torch

@@ -3,8 +3,9 @@
 import shutil
 
 import peft_case
-from models import TESTDATA, generator, load, logits, provenance, write_json
-from peft_case import difference, save
+from common import TESTDATA, difference, generator, write_json
+from models import load, logits, provenance
+from peft_case import save
 
 import torch
 import transformers

@@ -2,7 +2,8 @@
 
 import json
 
-from models import TESTDATA, generator, load, logits, provenance, write_json
+from common import TESTDATA, difference, generator, write_json
+from models import load, logits, provenance
 
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,10 +23,6 @@ def save(model, directory, base):
         if isinstance(fields.get(key), list):
             fields[key].sort()
     write_json(path, fields)
-
-
-def difference(a, b):
-    return (a - b).abs().max().item()
 
 
 def causal_outputs(model, golden):
