@@ -7,7 +7,7 @@ import logging
 import shutil
 
 import common
-from common import TESTDATA, difference, generator, seed, write_json
+from common import TESTDATA, difference, generator, write_json
 
 import adapters
 import torch
