@@ -255,8 +255,10 @@ fn a_batch_is_padded_on_the_right() {
     assert_eq!(mask.iter().sum::<i64>() as usize, seq + real);
     assert!(batch.types.is_none(), "RoBERTa does not tell the texts of a pair apart");
     assert!(pairs.batch(&[short], &Device::flex()).mask.is_none(), "nothing is padded");
-    let error = tokenizer.pairs(4).unwrap_err().to_string();
-    assert!(error.contains("4 special tokens"), "{error}");
+    let error = tokenizer.pairs(4).unwrap().encode("it", Some("left")).unwrap_err().to_string();
+    assert!(error.contains("a pair has 4 special tokens"), "{error}");
+    let error = tokenizer.pairs(2).unwrap_err().to_string();
+    assert!(error.contains("a text has 2 special tokens"), "{error}");
 }
 
 fn topics() -> Task {

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct Pairs {
     inner: tokenizers::Tokenizer,
+    max_tokens: usize,
     pad_id: u32,
 }
 
@@ -35,15 +36,11 @@ impl Tokenizer {
     /// # Errors
     /// When so few leave no room for a text.
     pub fn pairs(&self, max_tokens: usize) -> Result<Pairs> {
+        room(&self.inner, max_tokens, false)?;
         let mut inner = self.inner.clone();
-        let special = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(true));
-        if max_tokens <= special {
-            let what = format!("a pair has {special} special tokens, so {max_tokens} tokens leave no room for a text");
-            return Err(Error::Tokenizer(what));
-        }
         let truncation = TruncationParams { max_length: max_tokens, ..TruncationParams::default() };
         inner.with_truncation(Some(truncation)).map_err(|e| tokenizer_error(&e))?;
-        Ok(Pairs { inner, pad_id: self.pad_id() })
+        Ok(Pairs { inner, max_tokens, pad_id: self.pad_id() })
     }
 }
 
@@ -51,8 +48,9 @@ impl Pairs {
     /// A text, or a pair of them.
     ///
     /// # Errors
-    /// When the tokenizer refuses the text.
+    /// When the tokenizer refuses the text, or there is no room for a pair.
     pub fn encode(&self, text: &str, pair: Option<&str>) -> Result<Encoded> {
+        room(&self.inner, self.max_tokens, pair.is_some())?;
         let encoding = match pair {
             Some(pair) => self.inner.encode((text, pair), true),
             None => self.inner.encode(text, true),
@@ -103,4 +101,15 @@ impl Pairs {
             types: paired.then(|| tensor(&|row, at| row.types.get(at).copied().unwrap_or(0))),
         }
     }
+}
+
+/// Refuses a length that special tokens fill: the tokenizer would count below zero.
+fn room(inner: &tokenizers::Tokenizer, max_tokens: usize, pair: bool) -> Result<()> {
+    let special = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(pair));
+    if max_tokens > special {
+        return Ok(());
+    }
+    let what = if pair { "a pair" } else { "a text" };
+    let what = format!("{what} has {special} special tokens, so {max_tokens} tokens leave no room for any other");
+    Err(Error::Tokenizer(what))
 }
