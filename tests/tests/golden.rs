@@ -13,7 +13,7 @@ use peft_models::{CausalLm, ModelSource, Pretrained, Sampling, generate};
 use safetensors::SafeTensors;
 
 /// Largest difference of a logit in f32.
-const BOUND: f32 = 1e-4;
+pub(crate) const BOUND: f32 = 1e-4;
 
 pub(crate) fn testdata() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata")
@@ -25,7 +25,7 @@ pub(crate) fn model(name: &str) -> CausalLm {
 }
 
 /// The integers of one tensor.
-fn ints(path: &Path, name: &str) -> (Vec<usize>, Vec<i64>) {
+pub(crate) fn ints(path: &Path, name: &str) -> (Vec<usize>, Vec<i64>) {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let view = file.tensor(name).unwrap();
@@ -33,7 +33,7 @@ fn ints(path: &Path, name: &str) -> (Vec<usize>, Vec<i64>) {
     (view.shape().to_vec(), values)
 }
 
-fn floats(path: &Path, name: &str) -> Vec<f32> {
+pub(crate) fn floats(path: &Path, name: &str) -> Vec<f32> {
     let bytes = std::fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     peft_core::files::decode(file.tensor(name).unwrap().dtype(), file.tensor(name).unwrap().data()).unwrap()
@@ -45,7 +45,7 @@ fn logits(model: &CausalLm, path: &Path) -> Vec<f32> {
     model.forward(ids).into_data().iter::<f32>().collect()
 }
 
-fn deviation(found: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn deviation(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     found
         .iter()

@@ -2,6 +2,7 @@
 
 use burn::module::Reparameterization as _;
 
+use crate::named::NAMED;
 use crate::{Quantized, SubLayer};
 
 /// What the layer around a parameter is, as far as adapters care.
@@ -83,9 +84,16 @@ impl PathStack {
     /// To be called from `enter_module`.
     ///
     /// The name of an enum's variant is not part of the path: `transformers` knows no such level. Nor are the levels of a packed weight, whose
-    /// adapter sits at the weight's own path.
+    /// adapter sits at the weight's own path. A [`Named`](crate::Named) module renames the level above.
     pub fn enter(&mut self, name: &str, container: &str) {
-        let name = if container.starts_with("Enum:") { String::new() } else { name.to_owned() };
+        let name = match self.levels.last_mut() {
+            Some(field) if container == NAMED => {
+                name.clone_into(&mut field.name);
+                String::new()
+            }
+            _ if container.starts_with("Enum:") => String::new(),
+            _ => name.to_owned(),
+        };
         let packing = if container == REPARAMETERIZATION { name == Quantized::NAME } else { self.in_packing() };
         self.levels.push(Level { name, container: container.to_owned(), packing });
     }

@@ -9,6 +9,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::location::REPARAMETERIZATION;
+use crate::named::NAMED;
 use crate::{LayerKind, PathStack, Quantized};
 
 /// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
@@ -40,10 +41,7 @@ impl Site {
     /// The random generator of this site: it depends on the seed and the path alone, so that a model gets the same adapter on every
     /// device, whatever else is adapted.
     pub fn rng(&self, seed: u64) -> ChaCha8Rng {
-        // FNV-1a over the path: stable across versions and machines, which `std`'s hasher does not promise.
-        let hash =
-            self.path.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        ChaCha8Rng::seed_from_u64(seed ^ hash)
+        rng_of(&self.path, seed)
     }
 
     /// The type of adapter tensors on this site: the weight's, but f32 where that has less precision.
@@ -87,6 +85,13 @@ impl Site {
     pub fn zeros<const D: usize>(&self, shape: [usize; D]) -> Param<Tensor<D>> {
         self.param(shape, || 0.0)
     }
+}
+
+/// The random generator of what lies at `path`.
+pub fn rng_of(path: &str, seed: u64) -> ChaCha8Rng {
+    // FNV-1a over the path: stable across versions and machines, which `std`'s hasher does not promise.
+    let hash = path.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    ChaCha8Rng::seed_from_u64(seed ^ hash)
 }
 
 /// A field of a model's module that says: every layer below me of a kind that adapters know is called through the activation seam.
@@ -159,6 +164,8 @@ impl ModuleVisitor for Scanner {
             REPARAMETERIZATION if name != Quantized::NAME => {
                 self.scan.adapted.insert(self.stack.parent());
             }
+            // The path so far has the field's name, which is about to be replaced.
+            NAMED => {}
             _ if self.stack.in_packing() => {
                 if let (Some(layout), Some(site)) = (PackedLayout::announced(container), self.scan.sites.last_mut()) {
                     (site.d_in, site.d_out, site.packed) = (layout.d_in, layout.d_out, Some(layout));

@@ -1,10 +1,13 @@
-//! `config.json` of the Llama family and GPT-2, in the forms that `transformers` 4 and 5 write.
+//! `config.json` of the Llama family and GPT-2, in the forms that `transformers` 4 and 5 write; and of encoders.
+
+mod encoder;
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use self::encoder::{EncoderConfig, Family, InputConfig};
 use crate::{Error, Result};
 
 /// The shape of a model of the Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2.
@@ -104,6 +107,28 @@ pub enum ModelConfig {
     Gpt2(Gpt2Config),
 }
 
+/// The shape of any model that this crate can build.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Architecture {
+    /// A model that continues text.
+    Decoder(ModelConfig),
+    /// A model that reads a text or an image at once.
+    Encoder(EncoderConfig),
+}
+
+impl Architecture {
+    /// Reads a `config.json` that is parsed already, whichever of the two it describes; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::from_json`].
+    pub fn from_json(json: &Value, path: &Path) -> Result<Self> {
+        if EncoderConfig::knows(Fields { json, path }.text("model_type")?.unwrap_or_default()) {
+            return EncoderConfig::from_json(json, path).map(Self::Encoder);
+        }
+        ModelConfig::from_json(json, path).map(Self::Decoder)
+    }
+}
+
 impl ModelConfig {
     /// Reads a `config.json` that is parsed already; `path` is for messages.
     ///
@@ -115,6 +140,10 @@ impl ModelConfig {
         match model_type {
             "llama" | "mistral" | "qwen2" | "qwen3" => Ok(Self::Llama(fields.llama(model_type)?)),
             "gpt2" => Ok(Self::Gpt2(fields.gpt2()?)),
+            encoder if EncoderConfig::knows(encoder) => Err(Error::Unsupported {
+                what: format!("model_type \"{encoder}\" in {} where a model is to continue text", path.display()),
+                hint: "it is an encoder: load it with PretrainedEncoder".to_owned(),
+            }),
             other => Err(Error::Unsupported {
                 what: format!("model_type \"{other}\" in {}", path.display()),
                 hint: "llama, mistral, qwen2, qwen3 and gpt2 are; any other Burn model can be adapted from Rust"
@@ -156,9 +185,12 @@ impl ModelConfig {
     }
 }
 
-struct Fields<'a> {
-    json: &'a Value,
-    path: &'a Path,
+/// The fields of a `config.json`, checked one by one.
+#[derive(Clone, Copy)]
+pub(crate) struct Fields<'a> {
+    pub(crate) json: &'a Value,
+    /// For messages.
+    pub(crate) path: &'a Path,
 }
 
 /// No field of a real model comes near; a hostile one must not become an allocation.
@@ -184,7 +216,7 @@ impl<'a> Fields<'a> {
         self.get(name).map_or(Ok(default), parse)
     }
 
-    fn count_or(&self, name: &str, default: usize) -> Result<usize> {
+    pub(crate) fn count_or(&self, name: &str, default: usize) -> Result<usize> {
         let in_range =
             |v: &Value| v.as_u64().filter(|n| (1..=LARGEST).contains(n)).and_then(|n| usize::try_from(n).ok());
         let parse = |v: &Value| in_range(v).ok_or_else(|| self.wrong(name, "a positive whole number", Some(v)));

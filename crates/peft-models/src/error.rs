@@ -41,6 +41,14 @@ pub enum Error {
         /// What to do instead.
         hint: String,
     },
+    /// What goes into a model is not what it can read.
+    #[error("input of the model: expected {expected}, found {found}")]
+    Input {
+        /// What the model reads.
+        expected: String,
+        /// What it was given.
+        found: String,
+    },
     /// The chat template does not compile or does not accept these messages.
     #[error("chat template: {0}")]
     Template(String),

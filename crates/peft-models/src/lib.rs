@@ -1,4 +1,4 @@
-//! Decoder models with the activation seam, and their files: Hugging Face directories, GGUF, the model hub.
+//! Decoders and encoders with the activation seam, and their files: Hugging Face directories, GGUF, the model hub.
 //!
 //! The models' parameter paths are the keys of `transformers`, so [`peft_core::Targets`] means here what it means there.
 
@@ -7,11 +7,14 @@ mod causal_lm;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod encoder;
 mod error;
 pub mod export;
 mod generate;
 pub mod gguf;
 mod gpt2;
+pub mod heads;
+pub mod image;
 mod llama;
 pub mod load;
 mod pretrained;
@@ -22,8 +25,9 @@ pub mod weights;
 
 pub use attention::{KvCache, Layout};
 pub use causal_lm::CausalLm;
+pub use encoder::Encoder;
 pub use error::{Error, Result};
 pub use generate::{Sampling, generate};
 pub use gpt2::Gpt2;
 pub use llama::Llama;
-pub use pretrained::{ModelFiles, ModelSource, Origin, Pretrained};
+pub use pretrained::{EncoderOptions, ModelFiles, ModelSource, Origin, Pretrained, PretrainedEncoder};

@@ -64,16 +64,54 @@ pub fn load_weights<M: Module>(
     precision: Precision,
     ignored: impl Fn(&str) -> bool,
 ) -> Result<M> {
+    load_weights_with(module, weights, packing, precision, ignored, |_| false).map(|(module, _)| module)
+}
+
+/// What of a model and of its source did not meet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unmatched {
+    /// Parameters that the source does not have: they keep their initial values, and are there to be trained.
+    pub fresh: Vec<String>,
+    /// Tensors that the model has no use for.
+    pub unused: Vec<String>,
+}
+
+/// [`load_weights`] where the source need not have the parameters for which `optional` holds: a head for a new task.
+///
+/// # Errors
+/// As [`load_weights`].
+pub fn load_weights_with<M: Module>(
+    module: M,
+    weights: &dyn Weights,
+    packing: &Packing,
+    precision: Precision,
+    ignored: impl Fn(&str) -> bool,
+    optional: impl Fn(&str) -> bool,
+) -> Result<(M, Unmatched)> {
     module.devices().iter().try_for_each(|device| precision.check(device))?;
-    let mut plan = Plan { weights, sources: HashMap::new(), problems: Vec::new() };
+    let mut plan =
+        Plan { weights, optional: &optional, sources: HashMap::new(), problems: Vec::new(), fresh: Vec::new() };
     visit_params(&module, &mut plan);
-    let Plan { sources, mut problems, .. } = plan;
+    let Plan { sources, mut problems, fresh, .. } = plan;
     let used: BTreeSet<&str> = sources.values().map(|source| source.info.name.as_str()).collect();
-    let unused = weights.tensors().iter().filter(|t| !used.contains(t.name.as_str()) && !ignored(&t.name));
-    problems.extend(unused.map(|t| format!("  - {}: not part of this model", t.name)));
+    let unused = weights.tensors().iter().map(|info| info.name.clone()).filter(|name| !used.contains(name.as_str()));
+    let (unused, unknown): (Vec<String>, Vec<String>) = unused.partition(|name| ignored(name));
+    problems.extend(unknown.iter().map(|name| format!("  - {name}: not part of this model")));
     if !problems.is_empty() {
         return Err(Error::Weights { path: weights.path().to_owned(), problems });
     }
+    let module = fill(module, weights, &sources, packing, precision)?;
+    Ok((module, Unmatched { fresh, unused }))
+}
+
+/// Puts the values of `sources` into `module`: those that are to be packed first, on all cores.
+fn fill<M: Module>(
+    module: M,
+    weights: &dyn Weights,
+    sources: &HashMap<ParamId, Source<'_>>,
+    packing: &Packing,
+    precision: Precision,
+) -> Result<M> {
     let sites = scan(&module).sites;
     let packable = sites.par_iter().filter_map(|site| Some((site, sources.get(&site.id)?)));
     let packed = packable.filter_map(|(site, source)| {
@@ -88,7 +126,7 @@ pub fn load_weights<M: Module>(
     let packed = packed.collect();
     let module = pack(module, packed)?;
     let matrices = if precision == Precision::Bf16 { devices.into_keys().collect() } else { HashSet::new() };
-    let mut loader = Loader { weights, sources: &sources, matrices, failed: None };
+    let mut loader = Loader { weights, sources, matrices, failed: None };
     let module = map_params(module, &mut loader);
     loader.failed.map_or(Ok(module), Err)
 }
@@ -123,8 +161,11 @@ impl Source<'_> {
 /// Finds the source of each parameter.
 struct Plan<'a> {
     weights: &'a dyn Weights,
+    /// Which parameters may be missing.
+    optional: &'a dyn Fn(&str) -> bool,
     sources: HashMap<ParamId, Source<'a>>,
     problems: Vec<String>,
+    fresh: Vec<String>,
 }
 
 impl ParamVisitor for Plan<'_> {
@@ -139,6 +180,7 @@ impl ParamVisitor for Plan<'_> {
             expected.reverse();
         }
         match info {
+            None if (self.optional)(&hf.name) => self.fresh.push(hf.name),
             None => self.problems.push(format!("  - {}: missing; expected shape {expected:?}", hf.name)),
             Some(info) if info.shape != expected => {
                 self.problems.push(format!("  - {}: expected shape {expected:?}, found {:?}", info.name, info.shape));

@@ -1,5 +1,7 @@
 //! A model with all that belongs to it, from a Hugging Face directory, a GGUF file, the model hub, or the one in this crate.
 
+mod encoder;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -7,8 +9,9 @@ use std::str::FromStr;
 use burn::tensor::Device;
 use serde_json::Value;
 
+pub use self::encoder::{EncoderOptions, PretrainedEncoder};
 use crate::checkpoint::Checkpoint;
-use crate::config::ModelConfig;
+use crate::config::{Architecture, ModelConfig};
 use crate::gguf::Gguf;
 use crate::load::{Packing, Precision, load_weights};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
@@ -130,7 +133,15 @@ impl ModelFiles {
         self.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// `config.json`, understood.
+    /// `config.json`, understood: of a decoder or of an encoder.
+    ///
+    /// # Errors
+    /// When it is malformed or the architecture is not supported.
+    pub fn architecture(&self) -> Result<Architecture> {
+        Architecture::from_json(&self.config, self.origin.weights().path())
+    }
+
+    /// `config.json` of a decoder, understood.
     ///
     /// # Errors
     /// When it is malformed or the architecture is not supported.
@@ -143,8 +154,7 @@ fn from_dir(dir: &Path) -> Result<(Value, Origin, Option<Tokenizer>)> {
     let path = dir.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let config = serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not JSON: {e}")))?;
-    let tokenizer = dir.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(dir)).transpose()?;
-    Ok((config, Origin::Checkpoint(Checkpoint::open(dir)?), tokenizer))
+    Ok((config, Origin::Checkpoint(Checkpoint::open(dir)?), Tokenizer::find(dir)?))
 }
 
 /// A model and what it was made from.
@@ -203,7 +213,14 @@ fn hub(id: &str) -> Result<PathBuf> {
         Some(path) => path,
         None => api.get("config.json").map_err(failed)?,
     };
-    for optional in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+    for optional in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "generation_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+    ] {
         // A repository need not have these; the loader says so where one is needed.
         api.get(optional).ok();
     }

@@ -1,11 +1,15 @@
 //! Text to token ids and back, with the special tokens and the chat template that belong to a model.
 
+mod pairs;
+mod wordpiece;
+
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+pub use self::pairs::{Encoded, Pairs};
 use crate::chat::{ChatTemplate, Message};
 use crate::{Error, Result};
 
@@ -30,27 +34,41 @@ pub struct Tokenizer {
     config: Map<String, Value>,
 }
 
+/// A tokenizer in one file, or the vocabulary of BERT's, which is all that its first checkpoints have.
+const FILE_NAMES: [&str; 2] = ["tokenizer.json", "vocab.txt"];
+
 impl Tokenizer {
-    /// Reads the tokenizer of a model folder: `tokenizer.json`, and, where present, `tokenizer_config.json`,
+    /// The tokenizer of a model folder, if there is one: [`from_dir`](Self::from_dir).
+    ///
+    /// # Errors
+    /// When there is one that cannot be read.
+    pub fn find(dir: &Path) -> Result<Option<Self>> {
+        let present = FILE_NAMES.iter().any(|name| dir.join(name).is_file());
+        present.then(|| Self::from_dir(dir)).transpose()
+    }
+
+    /// Reads the tokenizer of a model folder: `tokenizer.json`, or BERT's `vocab.txt`; and, where present, `tokenizer_config.json`,
     /// `chat_template.jinja`, `generation_config.json` and `config.json`, an earlier one before a later one.
     ///
     /// # Errors
-    /// When `tokenizer.json` is missing, a file is malformed, a special token is not in the vocabulary or the chat
+    /// When there is no tokenizer, a file is malformed, a special token is not in the vocabulary or the chat
     /// template does not compile.
     pub fn from_dir(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        if !path.is_file() {
+        let [path, vocabulary] = FILE_NAMES.map(|name| dir.join(name));
+        let config_path = dir.join("tokenizer_config.json");
+        let mut config = read_object(&config_path)?;
+        let inner = if path.is_file() {
+            let bytes = fs::read(&path).map_err(Error::io(&path))?;
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::format(&path, e.to_string()))?
+        } else if vocabulary.is_file() {
+            wordpiece::from_vocabulary(&vocabulary, &mut config)?
+        } else {
             return Err(Error::format(
                 &path,
                 "there is no such file; save the tokenizer there in the fast format (in Python: \
                  AutoTokenizer.from_pretrained(model).save_pretrained(folder))",
             ));
-        }
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::format(&path, e.to_string()))?;
-
-        let config_path = dir.join("tokenizer_config.json");
-        let mut config = read_object(&config_path)?;
+        };
         let template_path = dir.join("chat_template.jinja");
         if template_path.is_file() {
             let template = fs::read_to_string(&template_path).map_err(Error::io(&template_path))?;

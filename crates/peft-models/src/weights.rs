@@ -6,6 +6,9 @@ use peft_core::kernels::PackedData;
 
 use crate::Result;
 
+/// What `transformers` calls a model inside one with a head.
+const OUTERMOST: [&str; 6] = ["transformer", "bert", "roberta", "distilbert", "vit", "dinov2"];
+
 /// Name, shape and stored type of one tensor, as Hugging Face `transformers` would call it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
@@ -44,9 +47,20 @@ pub trait Weights: Sync {
         Ok(None)
     }
 
-    /// The tensor that `transformers` calls `name`, also where GPT-2's own checkpoints leave out the outermost part of it.
+    /// The tensor that `transformers` calls `name`, also where a checkpoint leaves out the outermost part of it, as that of a model without a head does,
+    /// or has one more; and where a norm's parameters have their old names.
     fn find_parameter(&self, name: &str) -> Option<&TensorInfo> {
-        self.find(name).or_else(|| self.find(name.strip_prefix("transformer.")?))
+        let old = match name.rsplit_once('.') {
+            Some((module, "weight")) => Some(format!("{module}.gamma")),
+            Some((module, "bias")) => Some(format!("{module}.beta")),
+            _ => None,
+        };
+        let named = |name: &str| {
+            let inner = name.split_once('.').filter(|(outermost, _)| OUTERMOST.contains(outermost));
+            let found = self.find(name).or_else(|| self.find(inner?.1));
+            found.or_else(|| OUTERMOST.iter().find_map(|outermost| self.find(&format!("{outermost}.{name}"))))
+        };
+        named(name).or_else(|| named(&old?))
     }
 
     /// The tensor of that name.

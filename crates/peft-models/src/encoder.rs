@@ -1,0 +1,231 @@
+//! Encoders: BERT, RoBERTa, DistilBERT, ViT, DINOv2; alone or with a head.
+//!
+//! Parameter paths are those of `transformers`, `bert.encoder.layer.0.attention.self.query.weight` or, without a head,
+//! `encoder.layer.0.attention.self.query.weight`; so adapters of PEFT attach by their own names. See [`Naming`] for vision models.
+
+pub(crate) mod block;
+mod text;
+mod vision;
+
+use burn::module::Module;
+use burn::nn::{LayerNorm, Linear};
+use burn::tensor::{Device, Tensor};
+use peft_core::{AdapterAware, Named, linear};
+
+pub use self::block::Naming;
+use self::block::{Block, new_norm, norm};
+pub use self::text::Text;
+use self::text::TextEmbeddings;
+use self::vision::PatchEmbeddings;
+use crate::config::{EncoderConfig, Family, InputConfig};
+use crate::heads::{Head, Task, fresh_linear};
+use crate::{Error, Result};
+
+/// What goes into an encoder.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Token ids.
+    Text(Text),
+    /// `[batch, channels, height, width]`, normalised as the model was trained.
+    Pixels(Tensor<4>),
+}
+
+/// An encoder with the head for its task.
+#[derive(Module, Debug)]
+pub struct Encoder {
+    body: Named<Body>,
+    head: Option<Named<Head>>,
+    aware: AdapterAware,
+    #[module(skip)]
+    config: EncoderConfig,
+}
+
+#[derive(Module, Debug)]
+struct Body {
+    embeddings: Embeddings,
+    layers: Named<Vec<Block>>,
+    /// After the last block, where blocks norm first.
+    norm: Option<Named<LayerNorm>>,
+    pooler: Option<Named<Linear>>,
+}
+
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one model a process; a box would not be a Burn module")]
+enum Embeddings {
+    Text(TextEmbeddings),
+    Patches(PatchEmbeddings),
+}
+
+impl EncoderConfig {
+    /// An encoder with random weights `N(0, 0.02²)`, allocated only when first used, under the names of files. Those of the head and the pooler, which a checkpoint may lack, depend on
+    /// `seed` and path alone.
+    pub fn init(&self, seed: u64, device: &Device) -> Encoder {
+        let names = self.family.names(Naming::Files);
+        let embeddings = match self.input {
+            InputConfig::Text { vocab_size, max_position_embeddings, type_vocab_size, .. } => {
+                let rows = [vocab_size, max_position_embeddings, type_vocab_size];
+                Embeddings::Text(TextEmbeddings::new(self, rows, device))
+            }
+            InputConfig::Image { image_size, patch_size, num_channels } => {
+                Embeddings::Patches(PatchEmbeddings::new(self, image_size, patch_size, num_channels, device))
+            }
+        };
+        // The models for tokens and spans have none, nor have those of RoBERTa with a head; without a head it is there in either.
+        let pooled = match self.task {
+            Task::Embedding => matches!(self.family, Family::Bert | Family::Roberta | Family::Vit),
+            Task::Classification { .. } => self.family == Family::Bert,
+            Task::Tokens { .. } | Task::Span => false,
+        };
+        let pooler = || fresh_linear("pooler.dense", self.hidden_size, self.hidden_size, seed, device);
+        let block = || Block::new(self, &names, device);
+        let body = Body {
+            embeddings,
+            layers: Named::new(names.layers, (0..self.num_hidden_layers).map(|_| block()).collect()),
+            norm: self.family.norms_first().then(|| new_norm("layernorm", self, device)),
+            pooler: pooled.then(|| Named::new("pooler.dense", pooler())),
+        };
+        let head = Head::new(self, seed, device);
+        Encoder {
+            body: Named::new(if head.is_some() { names.body } else { "" }, body),
+            head: head.map(|head| Named::new("", head)),
+            aware: AdapterAware,
+            config: self.clone(),
+        }
+    }
+}
+
+impl Encoder {
+    /// The shape of the model, and its task.
+    pub fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
+    /// The same model under other names.
+    #[must_use]
+    pub fn renamed(self, naming: Naming) -> Self {
+        let names = self.config.family.names(naming);
+        let body = self.body.into_inner();
+        let blocks = body.layers.into_inner().into_iter().map(|block| block.renamed(&names)).collect();
+        let body = Body { layers: Named::new(names.layers, blocks), ..body };
+        Self { body: Named::new(if self.head.is_some() { names.body } else { "" }, body), ..self }
+    }
+
+    /// Last hidden states, normed: `[batch, seq, hidden_size]`; of an image, those of the token before all, then of patches. At padded places they mean nothing.
+    ///
+    /// # Panics
+    /// When [`check`](Self::check) fails.
+    pub fn hidden(&self, input: &Input) -> Tensor<3> {
+        if let Err(error) = self.check(input) {
+            panic!("{error}");
+        }
+        let (mut x, segments) = match (&self.body.embeddings, input, &self.config.input) {
+            (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {
+                (table.forward(text, &self.config, *pad_token_id), text.segments())
+            }
+            (Embeddings::Patches(patches), Input::Pixels(pixels), _) => (patches.forward(pixels.clone()), None),
+            _ => unreachable!("checked above"),
+        };
+        for block in self.body.layers.iter() {
+            x = block.forward(x, &self.config, segments.as_ref());
+        }
+        match &self.body.norm {
+            Some(of) => norm(of, x, self.config.layer_norm_eps),
+            None => x,
+        }
+    }
+
+    /// What the task asks for.
+    ///
+    /// # Shapes
+    /// `[batch, 1, labels]` for a text or an image as a whole; `[batch, seq, labels]` for tokens; `[batch, seq, 2]` for spans, starts then ends;
+    /// `[batch, 1, hidden_size]` without a head, see [`embedding`](Self::embedding).
+    ///
+    /// # Panics
+    /// As [`hidden`](Self::hidden).
+    pub fn forward(&self, input: &Input) -> Tensor<3> {
+        let Some(head) = &self.head else { return self.embedding(input).unsqueeze_dim(1) };
+        let hidden = self.hidden(input);
+        let features = match (&self.config.task, self.config.family) {
+            (Task::Classification { .. }, Family::Bert) => self.pool(hidden, input),
+            (Task::Classification { .. }, Family::Dinov2) => {
+                let patches = hidden.dims()[1] - 1;
+                let mean = hidden.clone().narrow(1, 1, patches).mean_dim(1);
+                Tensor::cat(vec![hidden.narrow(1, 0, 1), mean], 2)
+            }
+            (Task::Classification { .. }, _) => first(hidden, input),
+            _ => hidden,
+        };
+        head.forward(features, self.config.family)
+    }
+
+    /// The vector of each row, `[batch, hidden_size]`, of length one: of a text the mean over its tokens, as sentence-transformers takes it; of an image the token
+    /// before all.
+    ///
+    /// # Panics
+    /// As [`hidden`](Self::hidden).
+    pub fn embedding(&self, input: &Input) -> Tensor<2> {
+        let hidden = self.hidden(input);
+        let vector: Tensor<2> = match input {
+            Input::Text(text) => text.mean(hidden),
+            Input::Pixels(_) => hidden.narrow(1, 0, 1),
+        }
+        .squeeze_dim(1);
+        let length = vector.clone().square().sum_dim(1).sqrt().clamp_min(1e-12); // [batch, 1]
+        vector / length
+    }
+
+    /// The pooler's output for hidden states: `tanh(dense(h₀))`, `[batch, hidden_size]`; `None` for a model without one.
+    pub fn pooled(&self, hidden: Tensor<3>, input: &Input) -> Option<Tensor<2>> {
+        self.body.pooler.as_ref().map(|_| self.pool(hidden, input).squeeze_dim(1))
+    }
+
+    /// Whether the model can read `input`.
+    ///
+    /// # Errors
+    /// Says what was expected and what was found: of the kind of input, its length or its size.
+    pub fn check(&self, input: &Input) -> Result<()> {
+        let refuse = |expected: String, found: String| Err(Error::Input { expected, found });
+        match (&self.config.input, input) {
+            (InputConfig::Text { .. }, Input::Text(text)) => {
+                let dims @ [_, seq] = text.ids.dims();
+                let most = self.config.max_tokens().unwrap_or_default();
+                if !(1..=most).contains(&seq) {
+                    return refuse(format!("1 to {most} tokens a row"), format!("{seq}; cut the text"));
+                }
+                for (what, tensor) in [("mask", &text.mask), ("types", &text.types)] {
+                    if let Some(found) = tensor.as_ref().map(Tensor::dims).filter(|found| *found != dims) {
+                        return refuse(format!("{what} of shape {dims:?}, as the ids"), format!("{found:?}"));
+                    }
+                }
+                Ok(())
+            }
+            (InputConfig::Image { patch_size, num_channels, .. }, Input::Pixels(pixels)) => {
+                let [_, channels, height, width] = pixels.dims();
+                if channels != *num_channels || height < *patch_size || width < *patch_size {
+                    let expected = format!("{num_channels} channels and sides of {patch_size} pixels at least");
+                    return refuse(expected, format!("{channels} channels of {height} × {width}"));
+                }
+                Ok(())
+            }
+            (InputConfig::Text { .. }, Input::Pixels(_)) => refuse("text".to_owned(), "pixels".to_owned()),
+            (InputConfig::Image { .. }, Input::Text(_)) => refuse("pixels".to_owned(), "text".to_owned()),
+        }
+    }
+
+    /// `[batch, 1, hidden]`
+    fn pool(&self, hidden: Tensor<3>, input: &Input) -> Tensor<3> {
+        let first = first(hidden, input);
+        match &self.body.pooler {
+            Some(pooler) => linear(pooler, first).tanh(),
+            None => first,
+        }
+    }
+}
+
+/// The state of the first token that is no padding: `[batch, 1, hidden]`.
+fn first(hidden: Tensor<3>, input: &Input) -> Tensor<3> {
+    match input {
+        Input::Text(text) => text.first(hidden),
+        Input::Pixels(_) => hidden.narrow(1, 0, 1),
+    }
+}

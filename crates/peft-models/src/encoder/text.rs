@@ -1,0 +1,115 @@
+//! Texts for BERT, RoBERTa and DistilBERT: `x = LayerNorm(word + position + type)`.
+
+use burn::module::{Initializer, Module};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::{Named, embedding_as};
+
+use super::block::{new_norm, norm};
+use crate::config::{EncoderConfig, Family};
+
+/// Texts as an encoder reads them: one a row, or a pair of them.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// `[batch, seq]`
+    pub ids: Tensor<2, Int>,
+    /// `[batch, seq]`: 1 for a token of the text, 0 for padding on either side; nothing when there is none.
+    pub mask: Option<Tensor<2, Int>>,
+    /// `[batch, seq]`: 1 for the second text of a pair, where the model tells them apart; nothing for single texts.
+    pub types: Option<Tensor<2, Int>>,
+}
+
+impl Text {
+    /// Rows of one length, without padding and pairs.
+    pub fn new(ids: Tensor<2, Int>) -> Self {
+        Self { ids, mask: None, types: None }
+    }
+
+    /// `[batch, seq]`: padding is a sequence of its own, which no real token sees.
+    pub(crate) fn segments(&self) -> Option<Tensor<2, Int>> {
+        self.mask.clone().map(|mask| mask.equal_elem(0).int())
+    }
+
+    /// `x` `[batch, seq, hidden]` at the first real token: `[batch, 1, hidden]`.
+    pub(crate) fn first(&self, x: Tensor<3>) -> Tensor<3> {
+        let Some(mask) = &self.mask else { return x.narrow(1, 0, 1) };
+        let first = (mask.clone().cumsum(1) * mask.clone()).equal_elem(1); // [batch, seq]
+        pick(first.int(), x)
+    }
+
+    /// The mean of `x` `[batch, seq, hidden]` over real tokens: `[batch, 1, hidden]`.
+    pub(crate) fn mean(&self, x: Tensor<3>) -> Tensor<3> {
+        let Some(mask) = &self.mask else { return x.mean_dim(1) };
+        // A row of padding alone has no mean; zero is what it gets.
+        let count = mask.clone().sum_dim(1).clamp_min(1).float().cast(x.dtype()); // [batch, 1]
+        pick(mask.clone(), x) / count.unsqueeze_dim::<3>(2)
+    }
+}
+
+/// The sum of the places of `x` `[batch, seq, hidden]` where `chosen` `[batch, seq]` is 1: `[batch, 1, hidden]`.
+fn pick(chosen: Tensor<2, Int>, x: Tensor<3>) -> Tensor<3> {
+    chosen.float().cast(x.dtype()).unsqueeze_dim::<3>(1).matmul(x)
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct TextEmbeddings {
+    word_embeddings: Embedding,
+    position_embeddings: Embedding,
+    token_type_embeddings: Option<Embedding>,
+    norm: Named<LayerNorm>,
+}
+
+impl TextEmbeddings {
+    pub(crate) fn new(config: &EncoderConfig, [words, positions, types]: [usize; 3], device: &Device) -> Self {
+        let table = |rows| {
+            let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+            EmbeddingConfig::new(rows, config.hidden_size).with_initializer(initializer).init(device)
+        };
+        Self {
+            word_embeddings: table(words),
+            position_embeddings: table(positions),
+            token_type_embeddings: (types > 0).then(|| table(types)),
+            norm: new_norm("LayerNorm", config, device),
+        }
+    }
+
+    /// `[batch, seq]` to `[batch, seq, hidden]`
+    pub(crate) fn forward(&self, text: &Text, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
+        // Tables may be in 16 bits, activations never.
+        let dtype = self.norm.gamma.val().dtype();
+        let positions = positions(text, (config.family == Family::Roberta).then_some(pad_id as i64));
+        let mut x = embedding_as(&self.word_embeddings, text.ids.clone(), dtype)
+            + embedding_as(&self.position_embeddings, positions, dtype);
+        if let Some(table) = &self.token_type_embeddings {
+            let types = match &text.types {
+                // RoBERTa's table has one row: there is nothing to choose.
+                Some(types) if table.weight.lazy_shape()[0] > 1 => types.clone(),
+                _ => Tensor::zeros([1, 1], &text.ids.device()),
+            };
+            x = x + embedding_as(table, types, dtype);
+        }
+        norm(&self.norm, x, config.layer_norm_eps)
+    }
+}
+
+/// The place of each token among the real ones of its row, so that padding on the left changes nothing: `[1 or batch, seq]`.
+///
+/// RoBERTa counts from the row after that of `padding`, whose tokens are not counted, masked or not.
+fn positions(text: &Text, padding: Option<i64>) -> Tensor<2, Int> {
+    let [_, seq] = text.ids.dims();
+    match (&text.mask, padding) {
+        (None, None) => {
+            let positions: Vec<i64> = (0..seq as i64).collect();
+            Tensor::from_data(TensorData::new(positions, [1, seq]), &text.ids.device())
+        }
+        (Some(mask), None) => (mask.clone().cumsum(1) - 1).clamp_min(0),
+        (mask, Some(padding)) => {
+            let real = text.ids.clone().not_equal_elem(padding).int();
+            let real = match mask {
+                Some(mask) => real * mask.clone(),
+                None => real,
+            };
+            real.clone().cumsum(1) * real + padding
+        }
+    }
+}
