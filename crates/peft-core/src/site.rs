@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::location::REPARAMETERIZATION;
 use crate::{LayerKind, PathStack, Quantized};
 
-/// One layer that an adapter can sit in: its weight, and what a method needs to know of it.
+/// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
 #[derive(Clone, Debug)]
 pub struct Site {
     /// Path of the module, as `transformers` names it: `model.layers.0.self_attn.q_proj`.
@@ -20,13 +20,13 @@ pub struct Site {
     pub kind: LayerKind,
     /// The parameter that an adapter sits in: the weight.
     pub id: ParamId,
-    /// Rows of the weight: input features, or the number of embedding vectors.
+    /// Input features: rows of the weight, or the number of embedding vectors; of a convolution the values that an output value is made of.
     pub d_in: usize,
-    /// Columns of the weight: output features, or the width of an embedding vector.
+    /// Output features: columns of the weight, the width of an embedding vector, or channels.
     pub d_out: usize,
     /// Whether the layer has a bias.
     pub has_bias: bool,
-    /// Whether the model calls [`linear`](crate::linear) or [`embedding`](crate::embedding) on it and says so with [`AdapterAware`].
+    /// Whether the model calls [`linear`](crate::linear), [`embedding`](crate::embedding), or what there is for its kind, and says so with [`AdapterAware`].
     pub aware: bool,
     /// Type of the weight, and of what it is unpacked to.
     pub dtype: DType,
@@ -75,7 +75,7 @@ impl Site {
     }
 }
 
-/// A field of a model's module that says: every linear and embedding layer below me is called through the activation seam.
+/// A field of a model's module that says: every layer below me of a kind that adapters know is called through the activation seam.
 ///
 /// Methods that no weight can express (dropout on the adapter's input, routing, bottlenecks) attach only to such layers.
 ///
@@ -106,7 +106,7 @@ pub struct Scan {
     pub sites: Vec<Site>,
     /// Every module: path and type name, so that a target that is no layer can be named in the error.
     pub modules: BTreeMap<String, String>,
-    /// Paths of parameters that carry an adapter.
+    /// Paths of modules that carry an adapter.
     pub adapted: BTreeSet<String>,
 }
 
@@ -117,11 +117,13 @@ pub fn scan<M: Module>(module: &M) -> Scan {
     let Scanner { mut scan, aware, biased, .. } = scanner;
     for site in &mut scan.sites {
         site.has_bias = biased.contains(&site.path);
-        site.aware = aware.iter().any(|prefix| {
-            prefix.is_empty()
-                || site.path == *prefix
-                || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
-        });
+        // A place is there for adapters alone.
+        site.aware = site.kind == LayerKind::SubLayer
+            || aware.iter().any(|prefix| {
+                prefix.is_empty()
+                    || site.path == *prefix
+                    || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+            });
     }
     scan
 }
@@ -141,7 +143,7 @@ impl ModuleVisitor for Scanner {
                 self.aware.insert(self.stack.parent());
             }
             REPARAMETERIZATION if name != Quantized::NAME => {
-                self.scan.adapted.insert(self.stack.path());
+                self.scan.adapted.insert(self.stack.parent());
             }
             _ if self.stack.in_packing() => {
                 if let (Some(layout), Some(site)) = (PackedLayout::announced(container), self.scan.sites.last_mut()) {
@@ -172,17 +174,18 @@ impl ModuleVisitor for Scanner {
             }
             return;
         }
-        if location.param == "bias" {
+        if location.is_bias() {
             self.biased.insert(location.module);
-        } else if let (Some(kind), "weight", [d_in, d_out]) =
-            (location.kind, location.param.as_str(), &param.lazy_shape()[..])
-        {
+            return;
+        }
+        let Some(kind) = location.kind else { return };
+        if let Some((d_in, d_out)) = kind.features(&location.param, &param.lazy_shape()) {
             self.scan.sites.push(Site {
                 path: location.module,
                 kind,
                 id: param.id,
-                d_in: *d_in,
-                d_out: *d_out,
+                d_in,
+                d_out,
                 has_bias: false,
                 aware: false,
                 packed: None,

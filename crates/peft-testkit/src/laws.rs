@@ -192,7 +192,7 @@ impl<M: Method> Subject<'_, M> {
     fn sites(&self) -> Result<Vec<Site>, Failure> {
         let adapted = scan(&self.attached()?).adapted;
         let Scan { sites, .. } = scan(&self.base());
-        Ok(sites.into_iter().filter(|site| adapted.contains(&format!("{}.weight", site.path))).collect())
+        Ok(sites.into_iter().filter(|site| adapted.contains(&site.path)).collect())
     }
 
     /// Why the method's weight form is not the whole method; then only the activation seam is looked at.

@@ -96,7 +96,7 @@ fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
             let hot = |at: usize| f64::from(u8::from(usize::try_from(IDS[at / VOCAB]) == Ok(at % VOCAB)));
             (0..rows * VOCAB).map(hot).collect()
         }
-        LayerKind::Linear | LayerKind::Conv1D => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
+        _ => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
     };
     let (weight, bias) = weight_and_bias(model, site);
     let bias = bias.map(|bias| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(bias.base())?)?)).transpose()?;
