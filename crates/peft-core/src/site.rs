@@ -68,8 +68,19 @@ impl Site {
 
     /// Values from `N(0, std²)`.
     pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        self.normal_around(0.0, shape, std, rng)
+    }
+
+    /// Values from `N(mean, std²)`.
+    pub fn normal_around<const D: usize>(
+        &self,
+        mean: f32,
+        shape: [usize; D],
+        std: f32,
+        rng: &mut impl Rng,
+    ) -> Param<Tensor<D>> {
         use rand::RngExt;
-        self.param(shape, || std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+        self.param(shape, || mean + std * rng.sample::<f32, _>(rand_distr::StandardNormal))
     }
 
     /// A trainable copy of one of the layer's [`vectors`](Self::vectors), for a method that starts from what the base holds.
