@@ -15,11 +15,12 @@ pub(crate) fn ia3() -> Ia3Config {
 
 /// The laws for a configuration of (IA)³.
 pub(crate) fn ia3_laws(method: Ia3Config) -> Laws<Ia3Config> {
-    let is_feedforward = |method: &Ia3Config, site: &Site| matches!(method.is_feedforward(&site.path), Ok(true));
-    let params = move |method: &Ia3Config, site: &Site| {
-        if is_feedforward(method, site) { site.d_in } else { site.d_out }
-    };
     Laws::new(method, params, ("feedforward_modules", NO_PATTERN.into())).with_reference(infused)
+}
+
+/// `d_in` in feed-forward modules, `d_out` in all others.
+fn params(method: &Ia3Config, site: &Site) -> usize {
+    if matches!(method.is_feedforward(&site.path), Ok(true)) { site.d_in } else { site.d_out }
 }
 
 /// `l ⊙ (x·W + b)` or `(l ⊙ x)·W + b`.
