@@ -89,6 +89,20 @@ impl Site {
         Some(Param::from_tensor(values.cast(self.adapter_dtype())))
     }
 
+    /// Values from `N(0, std²)`, drawn again where they are more than two deviations away.
+    pub fn cut_normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        use rand::RngExt;
+        const MOST: f32 = 2.0;
+        self.param(shape, || {
+            loop {
+                let value: f32 = rng.sample(rand_distr::StandardNormal);
+                if value.abs() <= MOST {
+                    return std * value;
+                }
+            }
+        })
+    }
+
     /// Zeros.
     pub fn zeros<const D: usize>(&self, shape: [usize; D]) -> Param<Tensor<D>> {
         self.param(shape, || 0.0)

@@ -203,6 +203,11 @@ impl<M: Method> Subject<'_, M> {
         Ok(self.sites()?.iter().find_map(|site| self.method().needs_activation(site)))
     }
 
+    /// Why the method is no part of a weight; then merging is refused.
+    fn unmergeable(&self) -> Result<Option<String>, Failure> {
+        Ok(self.sites()?.iter().find_map(|site| self.method().unmergeable(site)))
+    }
+
     fn seams(&self) -> Result<&'static [Seam], Failure> {
         Ok(if self.weight_form_lacks()?.is_some() { &[Seam::Activation] } else { &[Seam::Weight, Seam::Activation] })
     }

@@ -6,7 +6,7 @@ use burn::module::{Module, Param};
 use burn::nn::transformer::TransformerEncoderInput;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use peft_core::{LayerKind, Method, Site, attach, scan};
+use peft_core::{Error, LayerKind, Method, Site, attach, scan};
 
 use super::{Layer, ROUNDING, Subject};
 use crate::stack::{BATCH, EPSILON, IDS, SEQ, VOCAB, WIDTH, ids, input};
@@ -29,9 +29,16 @@ pub(super) fn identity<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     Ok(Finding::Measured { deviation: worst, bound: subject.laws.identity })
 }
 
-/// The merged model is the adapted one.
+/// The merged model is the adapted one; or merging is refused, with the reason.
 pub(super) fn merge<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     let model = subject.random()?;
+    if let Some(reason) = subject.unmergeable()? {
+        return match peft_core::merge(model, subject.method()) {
+            Err(error @ Error::Merge { .. }) if error.to_string().contains(&reason) => Ok(Finding::Holds),
+            Err(error) => Err(format!("does not say that {reason}: {error}").into()),
+            Ok(_) => Err(format!("merged, though {reason}").into()),
+        };
+    }
     let merged = output(&peft_core::merge(model.clone(), subject.method())?, Seam::Weight)?;
     let mut worst: f64 = 0.0;
     for seam in subject.seams()? {
