@@ -1,5 +1,6 @@
 //! What a model offers to adapters, found in one visit.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization as _};
@@ -27,6 +28,8 @@ pub struct Site {
     pub d_out: usize,
     /// Whether the layer has a bias.
     pub has_bias: bool,
+    /// The layer's own parameters that are vectors, by name: the `bias` of a linear layer, the `gamma` and `beta` of a norm.
+    pub vectors: BTreeMap<String, Param<Tensor<1>>>,
     /// Whether the model calls [`linear`](crate::linear), [`embedding`](crate::embedding), or what there is for its kind, and says so with [`AdapterAware`].
     pub aware: bool,
     /// Type of the weight, and of what it is unpacked to.
@@ -63,8 +66,25 @@ impl Site {
 
     /// Values from `N(0, std²)`.
     pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        self.normal_around(0.0, shape, std, rng)
+    }
+
+    /// Values from `N(mean, std²)`.
+    pub fn normal_around<const D: usize>(
+        &self,
+        mean: f32,
+        shape: [usize; D],
+        std: f32,
+        rng: &mut impl Rng,
+    ) -> Param<Tensor<D>> {
         use rand::RngExt;
-        self.param(shape, || std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+        self.param(shape, || mean + std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+    }
+
+    /// A trainable copy of one of the layer's [`vectors`](Self::vectors), for a method that starts from what the base holds.
+    pub fn copy(&self, vector: &str) -> Option<Param<Tensor<1>>> {
+        let values = self.vectors.get(vector)?.base().detach();
+        Some(Param::from_tensor(values.cast(self.adapter_dtype())))
     }
 
     /// Values from `N(0, std²)`, drawn again where they are more than two deviations away.
@@ -133,9 +153,10 @@ pub struct Scan {
 pub fn scan<M: Module>(module: &M) -> Scan {
     let mut scanner = Scanner::default();
     module.visit(&mut scanner);
-    let Scanner { mut scan, aware, biased, .. } = scanner;
+    let Scanner { mut scan, aware, biased, mut vectors, .. } = scanner;
     for site in &mut scan.sites {
         site.has_bias = biased.contains(&site.path);
+        site.vectors = vectors.remove(&site.path).unwrap_or_default();
         // A place is there for adapters alone.
         site.aware = site.kind == LayerKind::SubLayer
             || aware.iter().any(|prefix| {
@@ -153,6 +174,8 @@ struct Scanner {
     scan: Scan,
     aware: BTreeSet<String>,
     biased: BTreeSet<String>,
+    /// By module and name.
+    vectors: BTreeMap<String, BTreeMap<String, Param<Tensor<1>>>>,
 }
 
 impl ModuleVisitor for Scanner {
@@ -195,6 +218,10 @@ impl ModuleVisitor for Scanner {
             }
             return;
         }
+        // Cloning makes no lazy value.
+        if let Some(vector) = (param as &dyn Any).downcast_ref::<Param<Tensor<1>>>() {
+            self.vectors.entry(location.module.clone()).or_default().insert(location.param.clone(), vector.clone());
+        }
         if location.is_bias() {
             self.biased.insert(location.module);
             return;
@@ -208,6 +235,7 @@ impl ModuleVisitor for Scanner {
                 d_in,
                 d_out,
                 has_bias: false,
+                vectors: BTreeMap::new(),
                 aware: false,
                 packed: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
