@@ -2,7 +2,8 @@
 
 import shutil
 
-from models import SEQ, SIZES, TESTDATA, VOCAB, generator, load, logits, randomise, write_json
+from common import TESTDATA, generator, write_json
+from models import SEQ, SIZES, VOCAB, load, logits, randomise
 
 import bitsandbytes
 import torch

@@ -4,7 +4,8 @@ import json
 import shutil
 import string
 
-from models import TESTDATA, generator, provenance, randomise, write_json
+from common import TESTDATA, generator, write_json
+from models import provenance, randomise
 
 import torch
 import transformers

@@ -1,9 +1,11 @@
 """Write testdata/lora: LoRA adapters saved by PEFT on the models of models.py, and the logits with each of them."""
 
-import json
 import shutil
 
-from models import TESTDATA, generator, load, logits, provenance, write_json
+import peft_case
+from common import TESTDATA, difference, generator, write_json
+from models import load, logits, provenance
+from peft_case import save
 
 import torch
 import transformers
@@ -63,46 +65,13 @@ def randomise(model, rng):
             parameter.data = noise if "lora_" in name else parameter.data + noise
 
 
-def save(model, directory, base):
-    """save_pretrained, with the parts that vary between runs and machines (order of sets, base path) made fixed."""
-    target = directory if model.active_adapter == "default" else directory.parent
-    model.save_pretrained(target)
-    (target / "README.md").unlink()
-    path = directory / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    fields["base_model_name_or_path"] = f"testdata/models/{base}"
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(fields[key], list):
-            fields[key].sort()
-    write_json(path, fields)
-
-
-def difference(a, b):
-    return (a - b).abs().max().item()
-
-
 def write_case(name, fields):
-    base = name.split("/")[0]
-    directory, base_directory = LORA / name, TESTDATA / "models" / base
-    golden = load_file(base_directory / "logits.safetensors")
-    tokens = golden["tokens"]
-
-    model = get_peft_model(load(base_directory), config(**fields))
-    randomise(model, generator(f"lora/{name}"))
-    adapted = logits(model.eval(), tokens)
-    save(model, directory, base)
-    assert difference(logits(PeftModel.from_pretrained(load(base_directory), directory), tokens), adapted) < 1e-5
-
-    merged = logits(model.merge_and_unload(), tokens)
-    save_file({"tokens": tokens, "logits": adapted, "logits_merged": merged}, directory / "logits.safetensors")
-    provenance(directory, "lora.py", f"lora/{name}")
-
-    delta, merge_error = difference(adapted, golden["logits"]), difference(adapted, merged)
-    print(f"{name:30} moves the logits by {delta:.3f}, merging by another {merge_error:.1e}")
+    base, variant = name.split("/")
+    _, merge_error = peft_case.write_case(f"lora/{name}", f"models/{base}", config(**fields), randomise, "lora.py")
     # PEFT merges an embedding adapter into the table that a tied lm_head shares, which changes the output layer too.
     merge_exact = name not in ("smollm2/embedding", "qwen2/embedding")
-    assert delta > 1e-2 and (merge_error < 2e-5) == merge_exact
-    return {"path": f"lora/{name}", "base": base, "variant": name.split("/")[1], "merge_exact": merge_exact}
+    assert (merge_error < 2e-5) == merge_exact
+    return {"path": f"lora/{name}", "base": base, "variant": variant, "merge_exact": merge_exact}
 
 
 def write_combination():
@@ -113,7 +82,7 @@ def write_combination():
     for (name, fields), weight in zip(COMBINED.items(), WEIGHTS):
         model = get_peft_model(load(base_directory), config(target_modules=QV, **fields))
         randomise(model, rng)
-        save(model, directory / name, "llama")
+        save(model, directory / name, "models/llama")
         add_dense(dense, directory / name, weight * fields["lora_alpha"] / fields["r"])
     save_file(dense, directory / "delta.safetensors")
 
@@ -124,7 +93,7 @@ def write_combination():
     combined = logits(model.eval(), tokens)
     model.delete_adapter("a")
     model.delete_adapter("b")
-    save(model, directory / "cat", "llama")
+    save(model, directory / "cat", "models/llama")
     cat = add_dense({}, directory / "cat", 1.0)
     assert max(difference(cat[key], dense[key]) for key in dense) < 1e-6
     save_file({"tokens": tokens, "logits": combined}, directory / "logits.safetensors")

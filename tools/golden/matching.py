@@ -1,6 +1,6 @@
 """Write testdata/matching.json: which module names PEFT's own functions match, and which rank or alpha they look up."""
 
-from models import TESTDATA, write_json
+from common import TESTDATA, write_json
 
 import peft
 from peft import LoraConfig

@@ -1,12 +1,10 @@
 """Write testdata/models: tiny random checkpoints in the Hugging Face layout and the logits transformers computes."""
 
 import json
-import os
 import shutil
-import zlib
-from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import common
+from common import TESTDATA, generator, write_json
 
 import peft
 import torch
@@ -15,7 +13,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-TESTDATA = Path(__file__).resolve().parents[2] / "testdata"
 VOCAB, SEQ = 96, 12
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -31,7 +28,6 @@ def llama(**changes):
     return LlamaConfig(**SIZES | dict(rms_norm_eps=1e-5) | changes)
 
 
-# Every seed is the CRC-32 of a name, so a new case leaves the bytes of the others as they are.
 # head_dim 32 puts one RoPE wavelength (14.3) into the band between 32/4 and 32/1 that llama3 scaling interpolates.
 CONFIGS = {
     "llama": llama(),
@@ -59,10 +55,6 @@ OVERLOOKED = {
     "smollm2": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
     "mistral_sliding": dict(sliding_window=None),
 }
-
-
-def generator(name):
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
 def randomise(model, rng):
@@ -97,14 +89,8 @@ def greedy(model, tokens, count):
     return tokens[0, prompt:]
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def provenance(directory, script, seed_name):
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    seed = zlib.crc32(seed_name.encode())
-    write_json(directory / "provenance.json", versions | {"seed": seed, "script": f"tools/golden/{script}"})
+    common.provenance(directory, script, seed_name, (torch, transformers, peft))
 
 
 def config_v4(directory):

@@ -2,7 +2,7 @@
 
 import shutil
 
-from models import TESTDATA, generator, write_json
+from common import TESTDATA, generator, write_json
 
 import bitsandbytes
 import torch

@@ -1,10 +1,13 @@
 //! The methods that the command line offers by name. This table is the only place that lists them.
 
+mod configure;
+
 use std::path::Path;
 
-use indexmap::IndexMap;
+use configure::{bitfit, ia3, ln_tuning, lora, ssf};
+use peft_adapter::{BitFitConfig, Ia3Config, LnTuningConfig, SsfConfig};
 use peft_core::files::{CONFIG_FILE, peft_type};
-use peft_core::{Method, Names, OneOrMany, Site, Targets, attach, base_fingerprint, load_adapter, merge};
+use peft_core::{Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::CausalLm;
 use peft_models::load::Packing;
@@ -12,7 +15,6 @@ use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
 
 use crate::model::FrozenType;
-use crate::rows::assignments;
 use crate::settings::{Init, Settings};
 use crate::{Error, Result};
 
@@ -35,19 +37,61 @@ pub struct Entry {
 }
 
 /// All methods.
-pub const METHODS: &[Entry] = &[Entry {
-    name: "lora",
-    peft_type: LoraConfig::PEFT_TYPE,
-    about: "a low-rank sum on frozen weights (Hu et al. 2021, arXiv:2106.09685)",
-    formula: "y = x·W + b + (alpha / rank)·x·A·B",
-    parameters: "rank · (d_in + d_out)",
-    build: |settings| match settings.init {
-        Init::Loftq => Ok(Box::new(loftq(settings)?)),
-        _ => Ok(Box::new(lora(settings)?)),
+pub const METHODS: &[Entry] = &[
+    Entry {
+        name: "lora",
+        peft_type: LoraConfig::PEFT_TYPE,
+        about: "a low-rank sum on frozen weights (Hu et al. 2021, arXiv:2106.09685)",
+        formula: "y = x·W + b + (alpha / rank)·x·A·B",
+        parameters: "rank · (d_in + d_out)",
+        build: |settings| match settings.init {
+            Init::Loftq => Ok(Box::new(loftq(settings)?)),
+            _ => Ok(Box::new(lora(settings)?)),
+        },
+        load: load_as::<LoraConfig>,
+        merge: merge_as::<LoraConfig>,
     },
-    load: load_as::<LoraConfig>,
-    merge: merge_as::<LoraConfig>,
-}];
+    Entry {
+        name: "ia3",
+        peft_type: Ia3Config::PEFT_TYPE,
+        about: "factors on outputs, or on inputs of --feedforward modules (Liu et al. 2022, arXiv:2205.05638)",
+        formula: "y = l ⊙ (x·W + b), or (l ⊙ x)·W + b",
+        parameters: "d_out, or d_in",
+        build: |settings| Ok(Box::new(ia3(settings)?)),
+        load: load_as::<Ia3Config>,
+        merge: merge_as::<Ia3Config>,
+    },
+    Entry {
+        name: "ssf",
+        peft_type: SsfConfig::PEFT_TYPE,
+        about: "scales and shifts of linear layers, norms, convolutions (Lian et al. 2022, arXiv:2210.08823)",
+        formula: "y = γ ⊙ (x·W + b) + β",
+        parameters: "2 · d_out",
+        build: |settings| Ok(Box::new(ssf(settings)?)),
+        load: load_as::<SsfConfig>,
+        merge: merge_as::<SsfConfig>,
+    },
+    Entry {
+        name: "ln-tuning",
+        peft_type: LnTuningConfig::PEFT_TYPE,
+        about: "norms trained whole (Zhao et al. 2023, arXiv:2312.11420)",
+        formula: "y = γ' ⊙ normed(x) + β'",
+        parameters: "d_out, or 2 · d_out with β",
+        build: |settings| Ok(Box::new(ln_tuning(settings)?)),
+        load: load_as::<LnTuningConfig>,
+        merge: merge_as::<LnTuningConfig>,
+    },
+    Entry {
+        name: "bitfit",
+        peft_type: BitFitConfig::PEFT_TYPE,
+        about: "biases trained, of layers that have one (Ben Zaken et al. 2022, arXiv:2106.10199)",
+        formula: "y = x·W + (b + β)",
+        parameters: "d_out",
+        build: |settings| Ok(Box::new(bitfit(settings)?)),
+        load: load_as::<BitFitConfig>,
+        merge: merge_as::<BitFitConfig>,
+    },
+];
 
 /// A configured method, whichever it is.
 pub trait Adaptation {
@@ -198,53 +242,4 @@ fn loftq(settings: &Settings) -> Result<LoftQ> {
             Err(Error::usage("--init loftq: there is nothing to make up for without --quantize", "--quantize nf4"))
         }
     }
-}
-
-fn lora(settings: &Settings) -> Result<LoraConfig> {
-    Ok(LoraConfig {
-        rank: settings.rank,
-        alpha: settings.alpha.unwrap_or(settings.rank as f64),
-        dropout: settings.dropout,
-        use_rslora: settings.rslora,
-        lora_bias: settings.lora_bias,
-        init_lora_weights: settings.init.into(),
-        rank_pattern: pattern("rank-pattern", &settings.rank_pattern)?,
-        alpha_pattern: pattern("alpha-pattern", &settings.alpha_pattern)?,
-        targets: targets(settings)?,
-        ..LoraConfig::default()
-    })
-}
-
-fn pattern<T: std::str::FromStr>(flag: &str, pairs: &[String]) -> Result<IndexMap<String, T>> {
-    let parse = |(name, value): (&str, &str)| {
-        let bad = |_| {
-            Error::usage(
-                format!("--{flag} {name}={value}: {value} is not a number that fits"),
-                format!("--{flag} {name}=16"),
-            )
-        };
-        Ok((name.to_owned(), value.parse().map_err(bad)?))
-    };
-    assignments(flag, pairs)?.into_iter().map(parse).collect()
-}
-
-fn targets(settings: &Settings) -> Result<Targets> {
-    let target_modules = match (&settings.targets[..], &settings.target_regex) {
-        ([_, ..], Some(_)) => {
-            return Err(Error::usage("--targets and --target-regex are both given", "give one of them"));
-        }
-        (_, Some(regex)) => Some(Names::Pattern(regex.clone())),
-        ([all], None) if all.eq_ignore_ascii_case("all-linear") => Some(Names::Pattern(all.clone())),
-        ([], None) => None,
-        (list, None) => Some(Names::List(list.to_vec())),
-    };
-    let list = |names: &[String]| (!names.is_empty()).then(|| names.to_vec());
-    Ok(Targets {
-        target_modules,
-        exclude_modules: list(&settings.exclude).map(Names::List),
-        layers_to_transform: (!settings.layers.is_empty()).then(|| OneOrMany::Many(settings.layers.clone())),
-        layers_pattern: None,
-        modules_to_save: list(&settings.modules_to_save),
-        bias: settings.bias,
-    })
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args as _, Command};
+use clap::{ArgMatches, Args as _, Command, ValueEnum};
 use peft_core::files::write_atomically;
 use peft_core::{Bias, OneOrMany};
 use peft_lora::InitWeights;
@@ -75,6 +75,10 @@ pub struct Settings {
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub targets: Vec<String>,
+    /// ia3: of these, the modules whose input is scaled in place of their output: `down_proj`
+    #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub feedforward: Vec<String>,
     /// Modules to adapt, by a regular expression that matches the whole name
     #[arg(long, help_heading = "Targets", value_name = "REGEX")]
     pub target_regex: Option<String>,
@@ -159,17 +163,24 @@ pub struct Settings {
 }
 
 /// Initial values of an adapter by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
     /// As Hugging Face PEFT: the adapter starts as the identity
     Kaiming,
-    /// The same with a normal distribution
+    /// The same with a normal distribution; ssf: as the paper, near the identity
     Gaussian,
     /// What packing the base loses, as far as the rank goes; with --quantize
     Loftq,
     /// No identity: for tests
     Random,
+}
+
+impl Init {
+    /// What `--init` takes.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
 }
 
 impl From<Init> for InitWeights {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
 mod packing;
+mod scaling;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -345,7 +346,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
     let (plain, embedding) = (testdata("lora/llama/plain"), testdata("lora/smollm2/embedding"));
     let (other, broken) = (shop.path("other"), shop.path("broken"));
     fs::create_dir(&other).unwrap();
-    fs::write(shop.path("other/adapter_config.json"), r#"{"peft_type": "IA3"}"#).unwrap();
+    fs::write(shop.path("other/adapter_config.json"), r#"{"peft_type": "OFT"}"#).unwrap();
     fs::create_dir(&broken).unwrap();
     fs::copy(format!("{plain}/adapter_config.json"), shop.path("broken/adapter_config.json")).unwrap();
     let bytes = fs::read(format!("{plain}/adapter_model.safetensors")).unwrap();
@@ -388,7 +389,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         (
             with(&["logits", "--model", &llama, "--adapter", &other, "--tokens", "1"]),
             1,
-            &["expected a method that is known (LORA), found IA3"],
+            &["expected a method that is known (LORA, ", "), found OFT"],
         ),
         (
             with(&["logits", "--model", &llama, "--adapter", &broken, "--tokens", "1"]),
@@ -467,7 +468,9 @@ fn what_is_not_compiled_in_says_how_to_get_it() {
 #[test]
 fn lists_and_help() {
     let methods = json_of(&["methods", "--json"]);
-    assert_eq!(methods["methods"][0]["peft_type"], "LORA");
+    let types = methods["methods"].as_array().unwrap().iter().map(|method| method["peft_type"].as_str().unwrap());
+    let types: Vec<_> = types.collect();
+    assert!(["LORA", "IA3", "SSF", "LN_TUNING", "BEFT"].iter().all(|known| types.contains(known)), "{types:?}");
     for command in ["quickstart", "train", "eval", "generate", "merge", "inspect", "logits"] {
         let help = String::from_utf8(peft(&[command, "--help"]).stdout).unwrap();
         assert!(help.contains("Example") && help.contains(&format!("peft {command}")), "{command}");

@@ -3,7 +3,7 @@
 //! Saving what was loaded gives the same bytes. Files are written next to their place and then renamed, so a full disk leaves the
 //! earlier adapter whole.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::path::Path;
 
@@ -354,7 +354,7 @@ pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 /// Which file key belongs to which parameter.
 struct Keys<M> {
     matcher: Matcher,
-    adapted: Vec<String>,
+    adapted: BTreeSet<String>,
     method: std::marker::PhantomData<M>,
 }
 
@@ -367,8 +367,11 @@ struct Key {
 
 impl<M: Method> Keys<M> {
     fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
-        let adapted = scan(module).adapted.iter().map(|p| p.strip_suffix(".weight").unwrap_or(p).to_owned()).collect();
-        Ok(Self { matcher: method.targets().matcher()?, adapted, method: std::marker::PhantomData })
+        Ok(Self {
+            matcher: method.targets().matcher()?,
+            adapted: scan(module).adapted,
+            method: std::marker::PhantomData,
+        })
     }
 
     /// The key of the parameter at this place; `Err` when the method forgot to list one of its fields.

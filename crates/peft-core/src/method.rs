@@ -1,6 +1,5 @@
 //! What a method is.
 
-use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use burn::module::Reparameterization;
@@ -74,13 +73,10 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         None
     }
 
-    /// What merging adds to the layer's bias, `[d_out]`, given the adapter's tensors by field in row-major order.
-    ///
-    /// # Errors
-    /// When the configuration does not fit this layer.
-    fn bias_delta(&self, site: &Site, fields: &BTreeMap<String, Vec<f32>>) -> Result<Option<Vec<f32>>> {
-        let _ = (site, fields);
-        Ok(None)
+    /// Why an adapter on this layer cannot be merged; `None` when it is part of the weight and the bias.
+    fn unmergeable(&self, site: &Site) -> Option<String> {
+        let _ = site;
+        None
     }
 
     /// Refuses a file that asks for a part of the method that is not built, by its raw JSON.

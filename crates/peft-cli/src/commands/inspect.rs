@@ -48,7 +48,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     let out = context.output;
     out.field("method", if known { method.clone() } else { format!("{method}, which this program does not know") })?;
     out.field("base", given("base_model_name_or_path"))?;
-    out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
+    if config.get("r").is_some() {
+        out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
+    }
     out.field("targets", given("target_modules"))?;
     out.field("tensors", format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size)))?;
     let mut kinds: BTreeMap<(String, &[usize]), usize> = BTreeMap::new();
