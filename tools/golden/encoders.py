@@ -67,8 +67,10 @@ CASES = {
 PROCESSORS = {
     "vit_imgcls": ViTImageProcessorPil(size=dict(height=32, width=32)),
     "dinov2_imgcls": BitImageProcessorPil(
-        size=dict(shortest_edge=32), crop_size=dict(height=28, width=28),
-        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+        size=dict(shortest_edge=32),
+        crop_size=dict(height=28, width=28),
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
     ),  # fmt: skip
 }
 CORPUS = [
@@ -104,7 +106,9 @@ def roberta_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.BpeTrainer(vocab_size=319, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=319, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocabulary = model["vocab"] | {"<mask>": len(model["vocab"])}
