@@ -1,19 +1,26 @@
 //! From a data file to a trained adapter: data, loss, optimizer, the loop, checkpoints, metrics and their picture.
 
 mod checkpoint;
+mod confusion;
 pub mod data;
 mod error;
-mod loss;
+mod labelling;
+mod language;
+pub mod measures;
 mod metrics;
+mod objective;
 mod optimizer;
 mod plot;
 mod schedule;
 mod trained;
 mod trainer;
 
+pub use confusion::confusion_matrix;
 pub use error::{Error, Place, Result};
-pub use loss::{Evaluation, evaluate};
+pub use labelling::{Labelling, Report};
+pub use language::NextToken;
 pub use metrics::{EvalRecord, Record, StepRecord, read_metrics};
+pub use objective::{BatchOf, Evaluation, Objective};
 pub use plot::loss_curve;
 pub use schedule::Schedule;
 pub use trained::{AdapterOf, Trained, WholeModel};

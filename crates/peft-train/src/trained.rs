@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use burn::module::Module;
 use peft_core::files::{CAUSAL_LM, TENSOR_FILE};
 use peft_core::{AdapterFile, Method, Strictness};
-use peft_models::CausalLm;
 use peft_models::checkpoint::Checkpoint;
 use peft_models::export::save_model;
 use peft_models::load::{Packing, Precision, load_weights};
@@ -13,19 +13,19 @@ use serde_json::Value;
 
 use crate::Result;
 
-/// The trained part of a model, to and from a folder.
-pub trait Trained {
+/// The trained part of a model of type `T`, to and from a folder.
+pub trait Trained<T> {
     /// Writes the trained part into `dir`, atomically.
     ///
     /// # Errors
     /// When the device or the file system refuses.
-    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()>;
+    fn save(&self, model: &T, dir: &Path) -> Result<()>;
 
     /// Puts what `dir` holds into `model`, which carries an adapter already if the trained part is one.
     ///
     /// # Errors
     /// When the folder does not hold the trained part of this model.
-    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm>;
+    fn restore(&self, model: T, dir: &Path) -> Result<T>;
 
     /// The adapter's fields that LoRA+ trains faster: [`Method::FAST`].
     fn fast(&self) -> &'static [&'static str] {
@@ -51,8 +51,8 @@ impl<M> AdapterOf<M> {
     }
 }
 
-impl<M: Method> Trained for AdapterOf<M> {
-    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()> {
+impl<T: Module, M: Method> Trained<T> for AdapterOf<M> {
+    fn save(&self, model: &T, dir: &Path) -> Result<()> {
         let mut file = AdapterFile::collect(model, &self.method)?;
         file.base_model = Some(self.base_model.clone());
         file.task_type = Some(CAUSAL_LM.to_owned());
@@ -60,7 +60,7 @@ impl<M: Method> Trained for AdapterOf<M> {
         Ok(file.write(dir)?)
     }
 
-    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
+    fn restore(&self, model: T, dir: &Path) -> Result<T> {
         let file = AdapterFile::<M>::read(dir)?;
         Ok(file.fill(model, &dir.join(TENSOR_FILE), Strictness::default())?)
     }
@@ -79,12 +79,12 @@ pub struct WholeModel {
     pub tokenizer: Tokenizer,
 }
 
-impl Trained for WholeModel {
-    fn save(&self, model: &CausalLm, dir: &Path) -> Result<()> {
+impl<T: Module> Trained<T> for WholeModel {
+    fn save(&self, model: &T, dir: &Path) -> Result<()> {
         Ok(save_model(model, &self.config, Some(&self.tokenizer), safetensors::Dtype::F32, dir)?)
     }
 
-    fn restore(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
+    fn restore(&self, model: T, dir: &Path) -> Result<T> {
         Ok(load_weights(model, &Checkpoint::open(dir)?, &Packing::Dense, Precision::F32, |_| false)?)
     }
 }
