@@ -158,7 +158,7 @@ fn read_csv(file: &DataFile, delimiter: u8) -> Result<Vec<LabelledRow>> {
             let line = record.position().map_or(1, csv::Position::line) as usize;
             return Err(file.error(Place::Line(line), "the label is empty"));
         }
-        let pair = pair.map(field).map(str::to_owned);
+        let pair = pair.map(field).filter(|pair| !pair.is_empty()).map(str::to_owned);
         let content = Content::Text { text: field(text).to_owned(), pair };
         rows.push(LabelledRow { content, label: Label::One(field(label).trim().to_owned()) });
     }

@@ -60,7 +60,7 @@ fn json_rows_are_known_by_their_keys() {
 fn csv_columns_are_known_by_their_names() {
     let content = "\u{feff}label,text,text_pair\r\n1,\"He said \"\"no, never\"\",\nand left.\",b\r\nyes,plain,\r\n";
     let expected =
-        [text_row("He said \"no, never\",\nand left.", Some("b"), one("1")), text_row("plain", Some(""), one("yes"))];
+        [text_row("He said \"no, never\",\nand left.", Some("b"), one("1")), text_row("plain", None, one("yes"))];
     assert_eq!(read("rows.csv", content).unwrap(), expected);
     assert_eq!(read("rows.tsv", "text\tlabel\na, b\t1\n").unwrap(), [text_row("a, b", None, one("1"))]);
 }
