@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::files::{Values, read_values, write_values};
-use peft_core::{ParamVisitor, PathStack, Peft, Targets, scan, visit_params};
+use peft_core::files::{TENSOR_FILE, Values, read_values, write_values};
+use peft_core::{ParamVisitor, PathStack, Peft, Targets, load_adapter, merge, save_adapter, scan, visit_params};
 use peft_lora::LoraConfig;
 use peft_models::config::Architecture;
-use peft_models::encoder::{Input, Text};
+use peft_models::encoder::{Input, Naming, Text};
+use peft_models::export::{Dtype, save_model};
 use peft_models::heads::{Problem, Task};
 use peft_models::load::{Packing, Precision};
 use peft_models::tokenizer::Tokenizer;
@@ -369,15 +370,75 @@ fn adapters_attach_by_the_names_of_peft() {
         paths("distilbert_qa", Targets::modules(["q_lin"]))[0],
         "distilbert.transformer.layer.0.attention.q_lin.weight"
     );
-    assert_eq!(
-        paths("vit_imgcls", Targets::modules(["query"]))[0],
-        "vit.encoder.layer.0.attention.attention.query.weight"
-    );
+    assert_eq!(paths("vit_imgcls", Targets::modules(["q_proj"]))[0], "vit.layers.0.attention.q_proj.weight");
     assert_eq!(paths("dinov2_imgcls", Targets::modules(["fc1"]))[0], "dinov2.encoder.layer.0.mlp.fc1.weight");
     assert_eq!(paths("roberta_seqcls", Targets::modules(["classifier.out_proj"])), ["classifier.out_proj.weight"]);
     let linear = Targets { modules_to_save: Some(vec!["classifier".to_owned()]), ..Targets::all_linear() };
     let found = paths("bert_seqcls", linear);
     assert_eq!(found.len(), 2 * 6 + 1, "six in a block, and the pooler: {found:?}");
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    path: String,
+    base: String,
+    variant: String,
+}
+
+/// What the model of a golden directory gives for its own inputs at real places.
+fn outputs(model: &Encoder, name: &str) -> Vec<f32> {
+    if IMAGES.contains(&name) {
+        return values(model.forward(&pixels(name, "pixels", 2)));
+    }
+    let input = Input::Text(text(name, true));
+    let found = if name == "bert_base" { model.hidden(&input) } else { model.forward(&input) };
+    real(&values(found), true)
+}
+
+#[test]
+fn adapters_of_peft_give_its_logits_and_merge() {
+    let cases = std::fs::read_to_string(testdata().join("peft_heads/cases.json")).unwrap();
+    let cases: Vec<Case> = serde_json::from_str(&cases).unwrap();
+    let cases: Vec<Case> = cases.into_iter().filter(|case| case.variant.starts_with("lora")).collect();
+    assert!(cases.len() >= 9);
+    for Case { path, base, variant } in cases {
+        let (dir, named) = (testdata().join(path), format!("{base}/{variant}"));
+        let load = |model: Encoder, dir: &Path| {
+            load_adapter::<_, LoraConfig>(model, dir).unwrap_or_else(|error| panic!("{named}: {error}"))
+        };
+        let (adapted, method) = load(encoder(&base), &dir);
+        let key = if base == "bert_base" { "hidden" } else { "logits" };
+        let expected = |key: &str| {
+            let values = floats(&dir.join("logits.safetensors"), key);
+            if IMAGES.contains(&base.as_str()) { values } else { real(&values, true) }
+        };
+        near(&outputs(&adapted, &base), &expected(key), &named);
+        let again = tempfile::tempdir().unwrap();
+        save_adapter(&adapted, &method, Some("base"), again.path()).unwrap();
+        let read = |dir: &Path| read_values(&dir.join(TENSOR_FILE)).unwrap();
+        assert_eq!(read(again.path()), read(&dir), "{named}, saved again");
+        let merged = merge(adapted, &method).unwrap();
+        near(&outputs(&merged, &base), &expected(&format!("{key}_merged")), &format!("{named}, merged"));
+        if dir.join("v4").is_dir() {
+            let (old, _) = load(encoder(&base).renamed(Naming::Files), &dir.join("v4"));
+            near(&outputs(&old, &base), &expected(key), &format!("{named}, names of transformers 4"));
+        }
+    }
+}
+
+#[test]
+fn a_merged_encoder_is_written_as_transformers_writes_it() {
+    for name in ["roberta_seqcls", "vit_imgcls"] {
+        let PretrainedEncoder { model, files, .. } = load_dir(&dir(name), &EncoderOptions::default());
+        let to = tempfile::tempdir().unwrap();
+        save_model(&model.renamed(Naming::Files), &files.config, None, Dtype::F32, to.path()).unwrap();
+        let read = |dir: &Path| read_values(&dir.join("model.safetensors")).unwrap();
+        assert_eq!(read(to.path()), read(&dir(name)), "{name}");
+        assert_eq!(
+            outputs(&load_dir(to.path(), &EncoderOptions::default()).model, name),
+            outputs(&encoder(name), name)
+        );
+    }
 }
 
 /// The gradients of every trained parameter, one after the other.

@@ -107,6 +107,9 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+/// What PEFT calls the head of a classifier: it writes both names into every such adapter, and a model has one of them.
+const CLASSIFIERS: [&str; 2] = ["classifier", "score"];
+
 /// The base parameters that stay trainable. An entry of `modules_to_save` that names nothing is an error, as for targets.
 fn trained_base<T: Module, M: Method>(module: &T, method: &M, found: &Scan, sites: &[&Site]) -> Result<Vec<ParamId>> {
     let matcher = method.targets().matcher()?;
@@ -121,17 +124,19 @@ fn trained_base<T: Module, M: Method>(module: &T, method: &M, found: &Scan, site
             Problem::Other { path: site.path.clone(), what }
         })
         .collect();
-    let unknown = matcher
-        .modules_to_save()
+    let modules: Vec<&String> =
+        visitor.params.iter().map(|(_, module, _)| module).chain(found.sites.iter().map(|site| &site.path)).collect();
+    let names_something = |name: &str| {
+        let named = |path: &str| path.ends_with(name);
+        modules.iter().any(|module| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
+    };
+    let saved = matcher.modules_to_save();
+    let has_classifier =
+        saved.iter().any(|name| CLASSIFIERS.contains(&name.as_str()) && names_something(name.as_str()));
+    let unknown = saved
         .iter()
-        .filter(|name| {
-            let named = |path: &str| path.ends_with(name.as_str());
-            let modules =
-                visitor.params.iter().map(|(_, module, _)| module).chain(found.sites.iter().map(|site| &site.path));
-            !modules
-                .into_iter()
-                .any(|module| named(module) || module.match_indices('.').any(|(at, _)| named(&module[..at])))
-        })
+        .filter(|name| !names_something(name))
+        .filter(|name| !(has_classifier && CLASSIFIERS.contains(&name.as_str())))
         .map(|name| Problem::NoMatch {
             targets: format!("modules_to_save \"{name}\""),
             near: nearest(visitor.params.iter().map(|(_, module, _)| module.as_str()), name),

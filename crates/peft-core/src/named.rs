@@ -38,6 +38,17 @@ impl<M> Named<M> {
         Self { name: name.into(), inner }
     }
 
+    /// The same module under another name.
+    #[must_use]
+    pub fn renamed(self, name: impl Into<Cow<'static, str>>) -> Self {
+        Self { name: name.into(), inner: self.inner }
+    }
+
+    /// The module without its name.
+    pub fn into_inner(self) -> M {
+        self.inner
+    }
+
     /// The module of what `change` makes of it, under the same name.
     fn map_inner(self, change: impl FnOnce(M) -> M) -> Self {
         Self { name: self.name, inner: change(self.inner) }

@@ -1,7 +1,7 @@
 //! Encoders: BERT, RoBERTa, DistilBERT, ViT, DINOv2; alone or with a head.
 //!
-//! Parameter paths are the keys that `transformers` writes, `bert.encoder.layer.0.attention.self.query.weight` or, without a head,
-//! `encoder.layer.0.attention.self.query.weight`; so adapters of PEFT attach by their own names.
+//! Parameter paths are those of `transformers`, `bert.encoder.layer.0.attention.self.query.weight` or, without a head,
+//! `encoder.layer.0.attention.self.query.weight`; so adapters of PEFT attach by their own names. See [`Naming`] for vision models.
 
 pub(crate) mod block;
 mod text;
@@ -12,6 +12,7 @@ use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Tensor};
 use peft_core::{AdapterAware, Named, linear};
 
+pub use self::block::Naming;
 use self::block::{Block, new_norm, norm};
 pub use self::text::Text;
 use self::text::TextEmbeddings;
@@ -56,10 +57,10 @@ enum Embeddings {
 }
 
 impl EncoderConfig {
-    /// An encoder with random weights `N(0, 0.02²)`, allocated only when first used. Those of the head and the pooler, which a checkpoint may lack, depend on
+    /// An encoder with random weights `N(0, 0.02²)`, allocated only when first used, under the names of files. Those of the head and the pooler, which a checkpoint may lack, depend on
     /// `seed` and path alone.
     pub fn init(&self, seed: u64, device: &Device) -> Encoder {
-        let names = self.family.names();
+        let names = self.family.names(Naming::Files);
         let embeddings = match self.input {
             InputConfig::Text { vocab_size, max_position_embeddings, type_vocab_size, .. } => {
                 let rows = [vocab_size, max_position_embeddings, type_vocab_size];
@@ -76,9 +77,10 @@ impl EncoderConfig {
             Task::Tokens { .. } | Task::Span => false,
         };
         let pooler = || fresh_linear("pooler.dense", self.hidden_size, self.hidden_size, seed, device);
+        let block = || Block::new(self, &names, device);
         let body = Body {
             embeddings,
-            layers: Named::new(names.layers, (0..self.num_hidden_layers).map(|_| Block::new(self, device)).collect()),
+            layers: Named::new(names.layers, (0..self.num_hidden_layers).map(|_| block()).collect()),
             norm: self.family.norms_first().then(|| new_norm("layernorm", self, device)),
             pooler: pooled.then(|| Named::new("pooler.dense", pooler())),
         };
@@ -96,6 +98,16 @@ impl Encoder {
     /// The shape of the model, and its task.
     pub fn config(&self) -> &EncoderConfig {
         &self.config
+    }
+
+    /// The same model under other names.
+    #[must_use]
+    pub fn renamed(self, naming: Naming) -> Self {
+        let names = self.config.family.names(naming);
+        let body = self.body.into_inner();
+        let blocks = body.layers.into_inner().into_iter().map(|block| block.renamed(&names)).collect();
+        let body = Body { layers: Named::new(names.layers, blocks), ..body };
+        Self { body: Named::new(if self.head.is_some() { names.body } else { "" }, body), ..self }
     }
 
     /// Last hidden states, normed: `[batch, seq, hidden_size]`; of an image, those of the token before all, then of patches. At padded places they mean nothing.

@@ -66,14 +66,41 @@ const VIT: Names = Names {
 const DINOV2: Names =
     Names { body: "dinov2", attention_norm: "norm1", up: "mlp.fc1", down: "mlp.fc2", mlp_norm: "norm2", ..VIT };
 
+/// What `transformers` 5 calls the projections of the vision models; it still writes files with the old names.
+const VIT_MODULES: Names = Names {
+    layers: "layers",
+    query: "attention.q_proj",
+    key: "attention.k_proj",
+    value: "attention.v_proj",
+    output: "attention.o_proj",
+    up: "mlp.fc1",
+    down: "mlp.fc2",
+    ..VIT
+};
+
+const DINOV2_MODULES: Names =
+    Names { body: "dinov2", layers: BERT.layers, attention_norm: "norm1", mlp_norm: "norm2", ..VIT_MODULES };
+
+/// By which names the parameters of an encoder go. They differ for ViT and DINOv2 alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Naming {
+    /// As the modules are called in `transformers` 5, and so in the adapters that PEFT makes with it.
+    #[default]
+    Modules,
+    /// As in files, and as the modules were called in `transformers` 4.
+    Files,
+}
+
 impl Family {
-    pub(crate) fn names(self) -> Names {
-        match self {
-            Self::Bert => BERT,
-            Self::Roberta => Names { body: "roberta", ..BERT },
-            Self::DistilBert => DISTILBERT,
-            Self::Vit => VIT,
-            Self::Dinov2 => DINOV2,
+    pub(crate) fn names(self, naming: Naming) -> Names {
+        match (self, naming) {
+            (Self::Bert, _) => BERT,
+            (Self::Roberta, _) => Names { body: "roberta", ..BERT },
+            (Self::DistilBert, _) => DISTILBERT,
+            (Self::Vit, Naming::Files) => VIT,
+            (Self::Dinov2, Naming::Files) => DINOV2,
+            (Self::Vit, Naming::Modules) => VIT_MODULES,
+            (Self::Dinov2, Naming::Modules) => DINOV2_MODULES,
         }
     }
 
@@ -104,8 +131,7 @@ struct LayerScale {
 }
 
 impl Block {
-    pub(crate) fn new(config: &EncoderConfig, device: &Device) -> Self {
-        let names = config.family.names();
+    pub(crate) fn new(config: &EncoderConfig, names: &Names, device: &Device) -> Self {
         let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
         let proj = |name: &'static str, d_in, d_out, bias| {
             let layer = LinearConfig::new(d_in, d_out).with_bias(bias).with_initializer(initializer.clone());
@@ -127,6 +153,18 @@ impl Block {
             down: proj(names.down, inner, hidden, true),
             mlp_norm: new_norm(names.mlp_norm, config, device),
             layer_scale2: scale(),
+        }
+    }
+
+    pub(crate) fn renamed(self, names: &Names) -> Self {
+        Self {
+            query: self.query.renamed(names.query),
+            key: self.key.renamed(names.key),
+            value: self.value.renamed(names.value),
+            output: self.output.renamed(names.output),
+            up: self.up.renamed(names.up),
+            down: self.down.renamed(names.down),
+            ..self
         }
     }
 

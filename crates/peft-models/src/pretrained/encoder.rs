@@ -4,6 +4,7 @@ use burn::tensor::Device;
 
 use super::{ModelFiles, ModelSource};
 use crate::config::{Architecture, EncoderConfig};
+use crate::encoder::Naming;
 use crate::heads::{HEADS, Task};
 use crate::image::ImageProcessor;
 use crate::load::{Packing, Precision, Unmatched, load_weights_with};
@@ -26,7 +27,7 @@ pub struct EncoderOptions {
 /// An encoder and what it was made from.
 #[derive(Debug)]
 pub struct PretrainedEncoder {
-    /// The model, un-adapted.
+    /// The model, un-adapted, under the names of [`Naming::Modules`]; a file is written under those of [`Naming::Files`].
     pub model: Encoder,
     /// The rest; its `config.json` describes the task of the model.
     pub files: ModelFiles,
@@ -73,7 +74,7 @@ impl PretrainedEncoder {
             |name| !is_of_body(name, &config),
             |name| !is_of_body(name, &config),
         )?;
-        Ok(Self { model, files, unmatched })
+        Ok(Self { model: model.renamed(Naming::Modules), files, unmatched })
     }
 
     /// The tokenizer.
@@ -95,7 +96,7 @@ impl PretrainedEncoder {
 
 /// Whether a tensor of that name is one of those without which the encoder is not itself: no head, no pooler, nothing that only pretraining needs.
 fn is_of_body(name: &str, config: &EncoderConfig) -> bool {
-    let names = config.family.names();
+    let names = config.family.names(Naming::Files);
     let inner = name.strip_prefix(names.body).and_then(|rest| rest.strip_prefix('.')).unwrap_or(name);
     let buffer = ["embeddings.position_ids", "embeddings.token_type_ids", "embeddings.mask_token"].contains(&inner);
     !buffer && ["embeddings", names.layers, "layernorm"].iter().any(|part| is_below(inner, part))

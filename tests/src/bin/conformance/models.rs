@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::{Peft, Targets, load_adapter};
 use peft_lora::LoraConfig;
-use peft_models::{CausalLm, ModelSource, Pretrained};
+use peft_models::config::InputConfig;
+use peft_models::encoder::{Input, Text};
+use peft_models::{CausalLm, ModelSource, Pretrained, PretrainedEncoder};
 use peft_testkit::{Failure, Finding, Golden, Outcome, difference, read};
 use peft_train::data::{BatchOptions, Batches, Sample};
 use peft_train::{AdapterOf, NextToken, Record, Stop, TrainConfig, read_metrics, train};
@@ -37,6 +39,9 @@ pub(crate) fn checks() -> Vec<(String, ModelCheck)> {
     for (base, name) in ADAPTERS {
         checks.push((format!("golden lora {base} {name}"), Box::new(move |device| golden_adapter(base, name, device))));
     }
+    for name in ["bert_seqcls", "roberta_tokcls", "distilbert_qa", "vit_imgcls", "dinov2_imgcls"] {
+        checks.push((format!("encoder {name}"), Box::new(move |device| encoder(name, device))));
+    }
     checks.push(("training".to_owned(), Box::new(training)));
     checks
 }
@@ -66,6 +71,35 @@ fn golden_adapter(base: &str, name: &str, device: &Device) -> Outcome {
     let dir = testdata("lora").join(base).join(name);
     let (model, _) = load_adapter::<_, LoraConfig>(model(&format!("models/{base}"), device)?, &dir)?;
     golden(&model, &dir, device)
+}
+
+/// Logits of an encoder, of texts with padding or of pictures, are those on Burn's default CPU backend.
+fn encoder(name: &str, device: &Device) -> Outcome {
+    let (found, expected) = (encoder_logits(name, device)?, encoder_logits(name, &Device::flex())?);
+    Ok(Finding::Measured { deviation: difference(&found, &expected), bound: BOUND })
+}
+
+fn encoder_logits(name: &str, device: &Device) -> Result<Vec<f64>, Failure> {
+    const SEQ: usize = 8;
+    let source = ModelSource::Dir(testdata("encoders").join(name));
+    let model = PretrainedEncoder::load(&source, device)?.model;
+    let input = match model.config().input {
+        InputConfig::Text { .. } => {
+            let rows = |values: Vec<i64>| Tensor::from_data(TensorData::new(values, [2, SEQ]), device);
+            let padding = |at: usize| at >= SEQ && at % SEQ < 3;
+            let ids = (0..2 * SEQ).map(|at| if padding(at) { 1 } else { 5 + 7 * at as i64 % 90 });
+            let mask = (0..2 * SEQ).map(|at| i64::from(!padding(at)));
+            Input::Text(Text { ids: rows(ids.collect()), mask: Some(rows(mask.collect())), types: None })
+        }
+        InputConfig::Image { image_size: side, num_channels, .. } => {
+            let values = (0..num_channels * side * side).map(|at| (0.1 * at as f64).sin() as f32).collect::<Vec<_>>();
+            Input::Pixels(Tensor::from_data(TensorData::new(values, [1, num_channels, side, side]), device))
+        }
+    };
+    let logits = model.forward(&input);
+    let [_, places, _] = logits.dims();
+    // What stands at padded places means nothing; the last places of both rows are real.
+    read(logits.narrow(1, if places == SEQ { 3 } else { 0 }, if places == SEQ { SEQ - 3 } else { places }))
 }
 
 /// The losses of three optimizer steps are those on Burn's default CPU backend.
