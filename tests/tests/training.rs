@@ -99,7 +99,8 @@ fn resuming_is_bit_identical() {
 #[test]
 fn packing_and_padding_do_not_change_the_loss() {
     let model = base().valid();
-    let [padded, packed] = [None, Some(32)].map(|pack| NextToken.evaluate(&model, &batches(pack), &Device::flex()).unwrap());
+    let [padded, packed] =
+        [None, Some(32)].map(|pack| NextToken.evaluate(&model, &batches(pack), &Device::flex()).unwrap());
     assert_eq!(padded.count, packed.count);
     assert!((padded.loss - packed.loss).abs() < 1e-5, "{} {}", padded.loss, packed.loss);
 }

@@ -169,14 +169,15 @@ impl Truth<'_> {
 
 /// One for each answer that counts.
 fn truths(batch: &[Labelled]) -> Vec<Truth<'_>> {
-    let of = |row: &'_ Labelled| -> Vec<Truth<'_>> {
+    let mut truths = Vec::new();
+    for row in batch {
         match &row.target {
-            Target::Class(label) => vec![Truth::Label(*label)],
-            Target::Values(values) => vec![Truth::Values(values)],
-            Target::Each(labels) => labels.iter().flatten().map(|label| Truth::Label(*label)).collect(),
+            Target::Class(label) => truths.push(Truth::Label(*label)),
+            Target::Values(values) => truths.push(Truth::Values(values)),
+            Target::Each(labels) => truths.extend(labels.iter().flatten().map(|label| Truth::Label(*label))),
         }
-    };
-    batch.iter().flat_map(of).collect()
+    }
+    truths
 }
 
 /// What is kept of answers.

@@ -12,6 +12,7 @@ mod objective;
 mod optimizer;
 mod plot;
 mod schedule;
+mod task_file;
 mod trained;
 mod trainer;
 
@@ -23,5 +24,6 @@ pub use metrics::{EvalRecord, Record, StepRecord, read_metrics};
 pub use objective::{BatchOf, Evaluation, Objective};
 pub use plot::loss_curve;
 pub use schedule::Schedule;
+pub use task_file::{TASK_FILE, task_of_adapter};
 pub use trained::{AdapterOf, Trained, WholeModel};
 pub use trainer::{Outcome, Stop, Summary, TrainConfig, train};
