@@ -250,3 +250,91 @@ impl Answers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use peft_models::tokenizer::Tokenizer;
+
+    use super::*;
+
+    /// An objective over whatever text; its losses do not look at it.
+    fn labelling(problem: Problem, outputs: usize, smoothing: f64) -> Result<Labelling> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/encoders/bert_seqcls");
+        let reader = Reader::Text(Tokenizer::from_dir(&dir).unwrap().pairs(16).unwrap());
+        let labels = (0..outputs).map(|at| at.to_string()).collect();
+        Labelling::new(reader, Task::Classification { labels, problem }, smoothing)
+    }
+
+    fn loss(of: &Labelling, logits: &[[f32; 3]; 3], truths: &[Truth<'_>]) -> f64 {
+        let device = Device::flex();
+        let logits = Tensor::<2>::from_data(*logits, &device);
+        let outputs = of.task.labels().len();
+        f64::from(scalar(of.losses(logits.narrow(1, 0, outputs), truths, &device)).unwrap())
+    }
+
+    const LOGITS: [[f32; 3]; 3] = [[0.2, -1.3, 2.1], [1.5, 0.3, -0.4], [-2.0, 0.0, 1.0]];
+
+    /// What PyTorch 2.15 gives for the same numbers: `cross_entropy`, `binary_cross_entropy_with_logits`, `mse_loss`, each with `reduction="sum"`.
+    #[test]
+    fn losses_equal_pytorch() {
+        let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        let labels = [2, 1, 0].map(Truth::Label);
+        near(loss(&labelling(Problem::SingleLabel, 3, 0.0).unwrap(), &LOGITS, &labels), 5.089_106_187_521_406);
+        near(loss(&labelling(Problem::SingleLabel, 3, 0.1).unwrap(), &LOGITS, &labels), 5.082_439_520_854_739);
+        let any = [[1.0, 0.0, 1.0], [0.0; 3], [1.0, 1.0, 0.0]];
+        let any = any.each_ref().map(|values| Truth::Values(values));
+        near(loss(&labelling(Problem::MultiLabel, 3, 0.0).unwrap(), &LOGITS, &any), 8.156_787_500_366_711);
+        let numbers = [[0.5], [1.0], [-1.5]];
+        let numbers = numbers.each_ref().map(|values| Truth::Values(values));
+        near(loss(&labelling(Problem::Regression, 1, 0.0).unwrap(), &LOGITS, &numbers), 0.59);
+    }
+
+    #[test]
+    fn huge_logits_have_finite_losses() {
+        let huge = [[1e4, -1e4, 0.0]; 3];
+        let any = [[0.0, 1.0, 1.0]; 3];
+        let found = loss(
+            &labelling(Problem::MultiLabel, 3, 0.0).unwrap(),
+            &huge,
+            &any.each_ref().map(|values| Truth::Values(values)),
+        );
+        assert!(found.is_finite() && found > 5e4, "{found}");
+        let found = loss(&labelling(Problem::SingleLabel, 3, 0.0).unwrap(), &huge, &[1, 1, 1].map(Truth::Label));
+        assert!(found.is_finite() && found > 5e4, "{found}");
+    }
+
+    #[test]
+    fn what_smoothing_and_tasks_mean_nothing_for_is_refused() {
+        let refused = |of: Result<Labelling>| of.unwrap_err().to_string();
+        assert!(refused(labelling(Problem::SingleLabel, 3, 1.0)).contains("label_smoothing: is 1"));
+        assert!(refused(labelling(Problem::Regression, 1, 0.1)).contains("label_smoothing: is for one label"));
+        assert!(refused(labelling(Problem::SingleLabel, 0, 0.0)).contains("labels: the model's task has none"));
+    }
+
+    #[test]
+    fn answers_are_measured() {
+        let task = |problem, count: usize| Task::Classification {
+            labels: (0..count).map(|at| at.to_string()).collect(),
+            problem,
+        };
+        let one = task(Problem::SingleLabel, 2);
+        let mut answers = Answers::new(&one);
+        [(0.1, 1), (2.0, 0), (-1.0, 1)].map(|(first, truth)| answers.count(&[first, 0.5], &Truth::Label(truth)));
+        let report = answers.report(&one, 1.5, 3);
+        assert_eq!(report.evaluation.to_string(), "loss 0.5000, accuracy 100.0 %, f1 1.0000, matthews 1.0000");
+        assert_eq!(report.confusion.unwrap().counts(), [[1, 0], [0, 2]]);
+        let any = task(Problem::MultiLabel, 2);
+        let mut answers = Answers::new(&any);
+        answers.count(&[1.0, -1.0], &Truth::Values(&[1.0, 0.0]));
+        answers.count(&[1.0, -1.0], &Truth::Values(&[1.0, 1.0]));
+        let report = answers.report(&any, 0.0, 4);
+        assert_eq!(report.evaluation.to_string(), "loss 0.0000, f1 micro 0.8000, f1 macro 0.5000, accuracy 50.0 %");
+        let number = task(Problem::Regression, 1);
+        let mut answers = Answers::new(&number);
+        [(1.0, 2.0), (2.0, 4.0), (3.0, 5.0)].map(|(found, truth)| answers.count(&[found], &Truth::Values(&[truth])));
+        let measures = answers.report(&number, 0.0, 3).evaluation.measures;
+        assert!((measures["spearman"] - 1.0).abs() < 1e-12 && (measures["pearson"] - 0.981_98).abs() < 1e-5);
+    }
+}
