@@ -137,8 +137,7 @@ impl Tasks {
             ("--eval-every", self.eval_every.to_string()),
             ("--seed", seed.to_string()),
         ];
-        numbers.iter().for_each(|(flag, value)| drop(command.args([*flag, value.as_str()])));
-        command.args(flags);
+        command.args(numbers.iter().flat_map(|(flag, value)| [*flag, value.as_str()])).args(flags);
         command
     }
 

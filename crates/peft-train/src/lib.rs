@@ -1,6 +1,7 @@
 //! From a data file to a trained adapter: data, loss, optimizer, the loop, checkpoints, metrics and their picture.
 
 mod checkpoint;
+mod config;
 mod confusion;
 pub mod data;
 mod error;
@@ -16,6 +17,7 @@ mod task_file;
 mod trained;
 mod trainer;
 
+pub use config::TrainConfig;
 pub use confusion::confusion_matrix;
 pub use error::{Error, Place, Result};
 pub use labelling::{Labelling, Report};
@@ -26,4 +28,4 @@ pub use plot::loss_curve;
 pub use schedule::Schedule;
 pub use task_file::{TASK_FILE, task_of_adapter};
 pub use trained::{AdapterOf, Trained, WholeModel};
-pub use trainer::{Outcome, Stop, Summary, TrainConfig, train};
+pub use trainer::{Outcome, Stop, Summary, train};

@@ -2,6 +2,7 @@
 
 mod labels;
 mod language;
+mod place;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -12,7 +13,6 @@ use std::process::ExitCode;
 use burn::module::Module;
 use burn::tensor::Device;
 use clap::ArgMatches;
-use peft_core::files::{CONFIG_FILE, TENSOR_FILE};
 use peft_core::{Peft, Report, Targets, scan};
 use peft_models::ModelFiles;
 use peft_models::config::Architecture;
@@ -20,6 +20,7 @@ use peft_train::data::{Batches, split};
 use peft_train::{Evaluation, Objective, Outcome, Record, Summary, TrainConfig, Trained, read_metrics, train};
 use serde_json::{Value, json};
 
+use self::place::Place;
 use crate::methods::Adaptation;
 use crate::output::{Output, before_after, bytes, quoted, thousands};
 use crate::settings::{FILE, Settings};
@@ -210,58 +211,6 @@ impl Job<'_> {
             }
             None => split(all, settings.eval_fraction, settings.seed)?,
         })
-    }
-}
-
-/// Where the run goes.
-struct Place<'a> {
-    dir: &'a Path,
-    resume: bool,
-    overwrite: bool,
-}
-
-impl Place<'_> {
-    /// Refuses a folder that holds another run's work, before anything is read.
-    fn check(&self) -> Result<()> {
-        let checkpoints = self.checkpoints()?;
-        if self.resume {
-            let what = || format!("--resume: {} holds no checkpoint", self.dir.display());
-            return if checkpoints.is_empty() {
-                Err(Error::usage(what(), "leave --resume out to begin again"))
-            } else {
-                Ok(())
-            };
-        }
-        let made = [CONFIG_FILE, TENSOR_FILE, "config.json"].iter().any(|name| self.dir.join(name).exists());
-        if (made || !checkpoints.is_empty()) && !self.overwrite {
-            let what = format!("--out {}: there is an adapter, a model or a checkpoint already", self.dir.display());
-            return Err(Error::usage(what, "--resume to go on, --overwrite to replace it, or another folder"));
-        }
-        Ok(())
-    }
-
-    /// Removes what would be mistaken for this run's; the adapter itself stays until the new one replaces it.
-    fn prepare(&self) -> Result<()> {
-        if self.resume {
-            return Ok(());
-        }
-        let best = self.dir.join("best");
-        for old in self.checkpoints()?.into_iter().chain(best.is_dir().then_some(best)) {
-            std::fs::remove_dir_all(&old).map_err(Error::io(&old))?;
-        }
-        Ok(())
-    }
-
-    fn checkpoints(&self) -> Result<Vec<PathBuf>> {
-        let entries = match std::fs::read_dir(self.dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::io(self.dir)(e)),
-        };
-        let paths: std::io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
-        let named =
-            |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("checkpoint-"));
-        Ok(paths.map_err(Error::io(self.dir))?.into_iter().filter(named).collect())
     }
 }
 
