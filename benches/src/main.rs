@@ -6,6 +6,7 @@
 //! cargo run --release -p peft-benches -- sweep [--python PYTHON] --out docs/cpu.svg
 //! cargo run --release -p peft-benches -- operations [--backend ndarray]
 //! cargo run --release -p peft-benches -- curves RUN… --out docs/bf16.svg
+//! cargo run --release -p peft-benches -- tasks --peft target/release/peft --model data/minilm --data data/vader/film-polarity --out runs/tasks
 //! ```
 
 mod curves;
@@ -14,6 +15,7 @@ mod picture;
 mod plain;
 mod side;
 mod sweep;
+mod tasks;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -46,6 +48,8 @@ enum What {
     Operations(operations::Operations),
     /// Loss curves of training runs side by side, as a picture
     Curves(curves::Curves),
+    /// What methods reach on a task, and what they cost, as a table
+    Tasks(tasks::Tasks),
     /// One side, for itself
     #[command(hide = true)]
     Side {
@@ -171,6 +175,7 @@ fn main() -> Outcome<()> {
         What::Sweep(sweep) => sweep.run(),
         What::Operations(operations) => operations.run(),
         What::Curves(curves) => curves.run(),
+        What::Tasks(tasks) => tasks.run(),
         What::Side { side, model, setup } => {
             println!("{}", side.measure(&setup, &model)?);
             Ok(())

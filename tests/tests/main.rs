@@ -4,5 +4,6 @@
 mod encoders;
 mod golden;
 mod hostile;
+mod labels;
 mod packed;
 mod training;

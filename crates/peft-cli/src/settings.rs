@@ -8,6 +8,7 @@ use clap::{ArgMatches, Args as _, Command, ValueEnum};
 use peft_core::files::write_atomically;
 use peft_core::{Bias, OneOrMany};
 use peft_lora::InitWeights;
+use peft_train::data::TaskKind;
 use peft_train::{Schedule, TrainConfig};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
@@ -23,9 +24,12 @@ pub struct Settings {
     /// Hugging Face directory, .gguf file, hub id (owner/name), or `tiny`, the model inside this program
     #[arg(long)]
     pub model: Option<String>,
-    /// .json, .jsonl or .txt; rows of {"text"}, {"prompt","completion"}, {"instruction","input","output"} or {"messages":[…]}
+    /// What to learn from; its formats are below
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    /// What an encoder does with the rows, where their labels leave that open
+    #[arg(long, value_parser = named::<TaskKind>(&["classify", "regress", "tokens"]))]
+    pub task: Option<TaskKind>,
     /// Where the adapter, checkpoints, metrics.jsonl, loss.svg and train.toml go
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -124,6 +128,9 @@ pub struct Settings {
     /// Passes over the data
     #[arg(long, default_value_t = 3.0, help_heading = "Training", value_name = "N")]
     pub epochs: f64,
+    /// Part of a label's weight that goes to all labels alike; for encoders
+    #[arg(long, default_value_t = 0.0, help_heading = "Training", value_name = "X")]
+    pub label_smoothing: f64,
     /// Optimizer steps, instead of epochs
     #[arg(long, help_heading = "Training", value_name = "N")]
     pub steps: Option<usize>,
@@ -263,7 +270,7 @@ impl Settings {
     /// # Errors
     /// When neither the command line nor a file names one.
     pub fn data(&self) -> Result<&Path> {
-        self.data.as_deref().ok_or_else(|| missing("data", "a .json, .jsonl or .txt file"))
+        self.data.as_deref().ok_or_else(|| missing("data", "a file of rows, such as .jsonl or .csv"))
     }
 
     /// `--out`.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod labels;
 mod packing;
 mod scaling;
 
@@ -215,7 +216,7 @@ fn resuming_is_bit_identical() {
         "{message}"
     );
     let (code, message) = refused(&strs(&shop.train("broken", &[])));
-    assert!(code == 2 && message.contains("there is an adapter or a checkpoint already"), "{message}");
+    assert!(code == 2 && message.contains("there is an adapter, a model or a checkpoint already"), "{message}");
     run("broken", &["--steps", "2", "--overwrite"]);
     assert!(!Path::new(&shop.path("broken/checkpoint-6")).exists());
 }

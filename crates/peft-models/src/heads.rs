@@ -165,12 +165,7 @@ impl Head {
         let outputs = config.task.outputs()?;
         let hidden = config.hidden_size;
         let whole = matches!(config.task, Task::Classification { .. });
-        let (dense, output) = match (&config.task, config.family) {
-            (Task::Span, _) => (None, "qa_outputs"),
-            (Task::Classification { .. }, Family::Roberta) => (Some("classifier.dense"), "classifier.out_proj"),
-            (Task::Classification { .. }, Family::DistilBert) => (Some("pre_classifier"), "classifier"),
-            _ => (None, "classifier"),
-        };
+        let (dense, output) = layers(config);
         let d_in = if whole && config.family == Family::Dinov2 { 2 * hidden } else { hidden };
         let layer = |name: &'static str, d_in, d_out| Named::new(name, fresh_linear(name, d_in, d_out, seed, device));
         let dense = dense.map(|name| layer(name, hidden, hidden));
@@ -185,6 +180,29 @@ impl Head {
             (Some(dense), _) => linear(dense, x).tanh(),
         };
         linear(&self.output, x)
+    }
+}
+
+/// What the layers of the head are called that the configuration asks for, if it asks for one.
+fn layers(config: &EncoderConfig) -> (Option<&'static str>, &'static str) {
+    match (&config.task, config.family) {
+        (Task::Span, _) => (None, "qa_outputs"),
+        (Task::Classification { .. }, Family::Roberta) => (Some("classifier.dense"), "classifier.out_proj"),
+        (Task::Classification { .. }, Family::DistilBert) => (Some("pre_classifier"), "classifier"),
+        _ => (None, "classifier"),
+    }
+}
+
+impl EncoderConfig {
+    /// The modules that make up the head, for `modules_to_save`; none without a head.
+    pub fn head_modules(&self) -> Vec<&'static str> {
+        if self.task.outputs().is_none() {
+            return Vec::new();
+        }
+        let (dense, output) = layers(self);
+        let mut modules: Vec<_> = dense.into_iter().chain([output]).filter_map(|name| name.split('.').next()).collect();
+        modules.dedup();
+        modules
     }
 }
 

@@ -72,7 +72,7 @@ fn initial<T: Copy>(settings: &Settings, method: &str, meanings: &[(Init, T)]) -
 }
 
 /// Refuses settings of other methods, which would change nothing here.
-fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()> {
+pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()> {
     let given = [
         ("alpha", settings.alpha.is_some()),
         ("dropout", settings.dropout != 0.0),
