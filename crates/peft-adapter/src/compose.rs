@@ -5,13 +5,15 @@
 //!
 //! - source: Pfeiffer et al. 2020, arXiv:2007.07779 (stack, split); 2021, arXiv:2005.00247 (fusion); Rücklé et al. 2021, arXiv:2010.11918 (parallel inference)
 
+use std::collections::BTreeMap;
+
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
-use peft_core::{Activation, End, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
+use peft_core::{Activation, AdapterFile, End, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
 use serde::{Deserialize, Serialize};
 
 use crate::bottleneck::BottleneckAdapter;
-use crate::config::BottleneckConfig;
+use crate::config::{AFTER_ATTENTION, AFTER_FEED_FORWARD, BottleneckConfig};
 use crate::fusion::Fusion;
 
 /// How adapters work together; numbers are those of [`ComposedConfig::adapters`].
@@ -110,9 +112,36 @@ impl Composition {
 impl ComposedConfig {
     /// The adapters at all places that any of them is at.
     pub fn new(adapters: Vec<BottleneckConfig>, composition: Composition) -> Self {
-        Self { adapters, composition, targets: Targets::modules([crate::AFTER_ATTENTION, crate::AFTER_FEED_FORWARD]) }
+        Self { adapters, composition, targets: Targets::modules([AFTER_ATTENTION, AFTER_FEED_FORWARD]) }
     }
 }
+
+/// Adapters from files as the parts of one composition, ready to [`fill`](AdapterFile::fill) a model that it is attached to.
+///
+/// # Errors
+/// When an adapter has a tensor that is at no place, such as a head: heads are not composed.
+pub fn composed(
+    adapters: Vec<AdapterFile<BottleneckConfig>>,
+    composition: Composition,
+) -> Result<AdapterFile<ComposedConfig>> {
+    let (mut tensors, mut methods) = (BTreeMap::new(), Vec::new());
+    for (number, adapter) in adapters.into_iter().enumerate() {
+        for (key, values) in adapter.tensors {
+            let split = [AFTER_ATTENTION, AFTER_FEED_FORWARD].iter().find_map(|place| {
+                let (block, rest) = key.split_once(&format!(".{place}."))?;
+                Some(format!("{block}.{place}.{PARTS}.{number}.{rest}"))
+            });
+            let whole = || Error::config("modules_to_save", "null: what is trained whole is not composed", &key);
+            tensors.insert(split.ok_or_else(whole)?, values);
+        }
+        methods.push(adapter.method);
+    }
+    let method = ComposedConfig::new(methods, composition);
+    Ok(AdapterFile { method, base_model: None, task_type: None, base_fingerprint: None, tensors })
+}
+
+/// The field that the adapters of a composition are in, by number.
+const PARTS: &str = "parts";
 
 impl Method for ComposedConfig {
     const PEFT_TYPE: &'static str = "BOTTLENECK_COMPOSITION";
@@ -176,7 +205,7 @@ impl Method for ComposedConfig {
     }
 
     fn numbered() -> Option<(&'static str, &'static [FileTensor])> {
-        Some(("parts", BottleneckConfig::tensors(LayerKind::SubLayer)))
+        Some((PARTS, BottleneckConfig::tensors(LayerKind::SubLayer)))
     }
 
     fn activation(adapter: &ComposedAdapter) -> Option<&dyn Activation> {

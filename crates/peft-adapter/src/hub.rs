@@ -4,6 +4,9 @@
 //! (`bert.encoder.layer.0.output`), and of every other model the place itself (`transformer.h.0.output_adapters`). A norm before the bottleneck is
 //! part of `adapter_down` and stored twice. A rule that all of Compacter's layers share becomes one in each.
 
+mod fusion;
+pub(crate) mod ia3;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use peft_core::files::{HubFolder, Values};
@@ -11,6 +14,8 @@ use peft_core::{AdapterFile, Error, Problem, Result, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::config::{AFTER_ATTENTION, AFTER_FEED_FORWARD, BottleneckConfig};
+
+pub use self::fusion::read_fusion;
 
 const CONTAINER: &str = "adapters";
 const SHARED: &str = "shared_parameters";

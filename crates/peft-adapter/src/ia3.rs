@@ -7,10 +7,15 @@
 //! The paper scales keys, values and what enters the second layer of the feed-forward part: `k_proj`, `v_proj` and, as a feed-forward module,
 //! `down_proj`.
 
+use std::collections::BTreeMap;
+
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::Tensor;
-use peft_core::{Activation, Base, Error, FileTensor, LayerKind, Method, Names, Result, Site, Targets};
+use peft_core::files::{HubFolder, Values};
+use peft_core::{Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Names, Result, Site, Targets};
 use serde::{Deserialize, Serialize};
+
+use crate::hub;
 
 /// Configuration of (IA)³; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -119,6 +124,14 @@ impl Method for Ia3Config {
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
         &[FileTensor { field: "l", key: "ia3_l", transposed: true }]
+    }
+
+    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
+        hub::ia3::read(folder).map(Some)
+    }
+
+    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
+        hub::ia3::write(file, name).map(Some)
     }
 
     fn activation(adapter: &Ia3Adapter) -> Option<&dyn Activation> {

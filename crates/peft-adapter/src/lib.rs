@@ -13,12 +13,13 @@ mod ssf;
 
 pub use bitfit::{BitFitAdapter, BitFitConfig};
 pub use bottleneck::BottleneckAdapter;
-pub use compose::{ComposedAdapter, ComposedConfig, Composition};
+pub use compose::{ComposedAdapter, ComposedConfig, Composition, composed};
 pub use config::{
     AFTER_ATTENTION, AFTER_FEED_FORWARD, BottleneckConfig, InitWeights, NonLinearity, ReductionFactor, Residual,
     Scaling,
 };
 pub use fusion::Fusion;
+pub use hub::read_fusion;
 pub use ia3::{Ia3Adapter, Ia3Config};
 pub use ln_tuning::{LnTuningAdapter, LnTuningConfig};
 pub use projection::{Dense, Phm, Projection};
