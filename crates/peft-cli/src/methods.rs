@@ -8,8 +8,8 @@ use std::marker::PhantomData;
 use std::path::Path;
 
 use burn::module::Module;
-use configure::{bitfit, ia3, ln_tuning, lora, ssf};
-use peft_adapter::{BitFitConfig, Ia3Config, LnTuningConfig, SsfConfig};
+use configure::{bitfit, bottleneck, ia3, ln_tuning, lora, ssf};
+use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, LnTuningConfig, SsfConfig};
 use peft_core::files::{CONFIG_FILE, peft_type};
 use peft_core::{Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
 use peft_lora::{LoraConfig, attach_factors};
@@ -82,6 +82,38 @@ pub const METHODS: &[Entry] = &[
         parameters: "d_out",
         build: |settings| Ok(Box::new(bitfit(settings)?)),
         files: Some(&FilesOf::<BitFitConfig>(PhantomData)),
+    },
+    Entry {
+        name: "houlsby",
+        about: "bottlenecks after attention and after feed-forward (Houlsby et al. 2019, arXiv:1902.00751)",
+        formula: "y = x + f(x·D + d)·U + u",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "houlsby", BottleneckConfig::houlsby)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "pfeiffer",
+        about: "bottlenecks after feed-forward alone (Pfeiffer et al. 2021, arXiv:2005.00247)",
+        formula: "y = x + f(x·D + d)·U + u",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "pfeiffer", BottleneckConfig::pfeiffer)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "parallel",
+        about: "bottlenecks beside feed-forward (He et al. 2022, arXiv:2110.04366)",
+        formula: "y = FFN(x) + 4·(f(x·D + d)·U + u)",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "parallel", BottleneckConfig::parallel)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "compacter",
+        about: "Houlsby's, of sums of Kronecker products (Karimi Mahabadi et al. 2021, arXiv:2106.04647)",
+        formula: "D = Σ Aᵢ ⊗ (sᵢ·tᵢ)",
+        parameters: "2 · n³ + 2 · (width + width / factor) + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "compacter", BottleneckConfig::compacter)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
     },
     Entry {
         name: "full",
@@ -263,7 +295,9 @@ pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
 }
 
 fn names(of: fn(&Entry) -> Option<&'static str>) -> String {
-    METHODS.iter().filter_map(of).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<&str> = METHODS.iter().filter_map(of).collect();
+    names.dedup();
+    names.join(", ")
 }
 
 fn loftq(settings: &Settings) -> Result<LoftQ> {

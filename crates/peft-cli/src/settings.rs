@@ -74,6 +74,9 @@ pub struct Settings {
     #[arg(long, help_heading = "Method", value_name = "NAME=X")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
+    /// Width of the model over width of a bottleneck [default: 16]
+    #[arg(long, help_heading = "Method", value_name = "X")]
+    pub reduction_factor: Option<f64>,
 
     /// Modules to adapt, by the end of their names: `q_proj,v_proj`; or all-linear for every linear layer but the head
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]

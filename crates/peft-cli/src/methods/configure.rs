@@ -1,7 +1,7 @@
 //! Methods as the settings of `peft train` ask for them.
 
 use indexmap::IndexMap;
-use peft_adapter::{BitFitConfig, Ia3Config, InitSsf, LnTuningConfig, SsfConfig};
+use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, InitSsf, LnTuningConfig, SsfConfig};
 use peft_core::{Names, OneOrMany, Targets};
 use peft_lora::LoraConfig;
 
@@ -11,6 +11,12 @@ use crate::{Error, Result};
 
 /// A flag that (IA)³ alone has.
 const FEEDFORWARD: &str = "feedforward";
+
+/// Width of the model over width of a bottleneck, where nothing is said.
+const FACTOR: f64 = 16.0;
+
+/// A flag that bottlenecks alone have.
+const REDUCTION: &str = "reduction-factor";
 
 /// Flags that `LoRA` alone has.
 const OF_LORA: [&str; 7] = ["alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
@@ -61,6 +67,21 @@ pub(super) fn bitfit(settings: &Settings) -> Result<BitFitConfig> {
     Ok(BitFitConfig { init_weights, ..BitFitConfig::new(targets(settings)?) })
 }
 
+/// Bottlenecks, in the places of `preset`.
+pub(super) fn bottleneck(
+    settings: &Settings,
+    method: &str,
+    preset: impl Fn(f64) -> BottleneckConfig,
+) -> Result<BottleneckConfig> {
+    only(settings, method, &[REDUCTION, "dropout"])?;
+    initial(settings, method, &[(Init::Kaiming, ())])?;
+    let mut config = preset(settings.reduction_factor.unwrap_or(FACTOR));
+    config.dropout = settings.dropout;
+    let given = targets(settings)?;
+    config.targets = Targets { target_modules: given.target_modules.or(config.targets.target_modules), ..given };
+    Ok(config)
+}
+
 /// What `--init` means for a method.
 fn initial<T: Copy>(settings: &Settings, method: &str, meanings: &[(Init, T)]) -> Result<T> {
     let found = meanings.iter().find(|(init, _)| *init == settings.init);
@@ -82,6 +103,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("alpha-pattern", !settings.alpha_pattern.is_empty()),
         ("lora-plus", settings.lora_plus != 1.0),
         (FEEDFORWARD, !settings.feedforward.is_empty()),
+        (REDUCTION, settings.reduction_factor.is_some()),
     ];
     match given.iter().find(|(flag, given)| *given && !own.contains(flag)) {
         Some((flag, _)) => Err(Error::usage(format!("--{flag}: {method} has no such setting"), "leave it out")),
