@@ -91,7 +91,8 @@ impl Tasks {
             let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
             let (mean, deviation) = spread(&runs, |run| run.measure);
             let [trained, seconds, mib] =
-                [|run: &Reached| run.trained, |run| run.seconds, |run| run.mib].map(|of| spread(&runs, of).0);
+                [|run: &Reached| run.trained, |run: &Reached| run.seconds, |run: &Reached| run.mib]
+                    .map(|of| spread(&runs, of).0);
             println!("| {name} | {mean:.4} ± {deviation:.4} | {trained:.0} | {seconds:.0} s | {mib:.0} MiB |");
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! The activation seam: an adapted layer computed on its input, without ever building the adapted weight.
 
-use std::any::TypeId;
+use std::any::{Any, TypeId};
 use std::sync::RwLock;
 
 use burn::module::Param;
@@ -255,53 +255,31 @@ pub fn embedding_as(layer: &Embedding, ids: Tensor<2, Int>, dtype: DType) -> Ten
     }
 }
 
-type Lookup<const D: usize> = for<'a> fn(&'a Param<Tensor<D>>) -> Option<Option<&'a dyn Activation>>;
+type Lookup = for<'a> fn(&'a dyn Any) -> Option<Option<&'a dyn Activation>>;
 
-/// How one method finds its adapter, in parameters of each rank that layers have.
-pub(crate) struct Lookups {
-    method: TypeId,
-    vector: Lookup<1>,
-    matrix: Lookup<2>,
-    image: Lookup<4>,
-}
-
-/// One entry per method that was attached in this process. A parameter hands out its adapter only to who names its type, and the set
-/// of types is open, so attaching leaves the functions here that know the type.
-static LOOKUPS: RwLock<Vec<Lookups>> = RwLock::new(Vec::new());
+/// One lookup per method that was attached in this process. A parameter hands out its adapter only to who names its type, and the set
+/// of types is open, so attaching leaves the one function here that knows the type.
+static LOOKUPS: RwLock<Vec<(TypeId, Lookup)>> = RwLock::new(Vec::new());
 
 pub(crate) fn register<M: Method>() {
-    fn lookup<M: Method, const D: usize>(weight: &Param<Tensor<D>>) -> Option<Option<&dyn Activation>> {
-        weight.reparameterization::<M::Adapter>().map(M::activation)
+    fn of_rank<M: Method, const D: usize>(param: &dyn Any) -> Option<&M::Adapter> {
+        param.downcast_ref::<Param<Tensor<D>>>()?.reparameterization()
+    }
+    // The ranks of what adapters sit in.
+    fn lookup<M: Method>(param: &dyn Any) -> Option<Option<&dyn Activation>> {
+        let adapter = of_rank::<M, 2>(param).or_else(|| of_rank::<M, 1>(param)).or_else(|| of_rank::<M, 4>(param));
+        adapter.map(M::activation)
     }
     let mut lookups = LOOKUPS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let method = TypeId::of::<M>();
-    if lookups.iter().all(|known| known.method != method) {
-        lookups.push(Lookups { method, vector: lookup::<M, 1>, matrix: lookup::<M, 2>, image: lookup::<M, 4> });
+    let id = TypeId::of::<M>();
+    if lookups.iter().all(|(known, _)| *known != id) {
+        lookups.push((id, lookup::<M>));
     }
 }
 
-/// A rank in which parameters carry adapters.
-pub(crate) trait Carrier {
-    /// The adapter's activation form: `Some(None)` for an adapter that has none.
-    fn find(&self, lookups: &Lookups) -> Option<Option<&dyn Activation>>;
-}
-
-macro_rules! carrier {
-    ($rank:literal, $lookup:ident) => {
-        impl Carrier for Param<Tensor<$rank>> {
-            fn find(&self, lookups: &Lookups) -> Option<Option<&dyn Activation>> {
-                (lookups.$lookup)(self)
-            }
-        }
-    };
-}
-carrier!(1, vector);
-carrier!(2, matrix);
-carrier!(4, image);
-
 /// The activation form of the adapter in a parameter: `Some(None)` for an adapter that has none.
-pub(crate) fn adapter(param: &impl Carrier) -> Option<Option<&dyn Activation>> {
+pub(crate) fn adapter<const D: usize>(param: &Param<Tensor<D>>) -> Option<Option<&dyn Activation>> {
     // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
     let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-    lookups.iter().find_map(|lookups| param.find(lookups))
+    lookups.iter().find_map(|(_, lookup)| lookup(param))
 }

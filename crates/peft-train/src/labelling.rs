@@ -321,7 +321,9 @@ mod tests {
         };
         let one = task(Problem::SingleLabel, 2);
         let mut answers = Answers::new(&one);
-        [(0.1, 1), (2.0, 0), (-1.0, 1)].map(|(first, truth)| answers.count(&[first, 0.5], &Truth::Label(truth)));
+        [(0.1, 1), (2.0, 0), (-1.0, 1)]
+            .into_iter()
+            .for_each(|(first, truth)| answers.count(&[first, 0.5], &Truth::Label(truth)));
         let report = answers.report(&one, 1.5, 3);
         assert_eq!(report.evaluation.to_string(), "loss 0.5000, accuracy 100.0 %, f1 1.0000, matthews 1.0000");
         assert_eq!(report.confusion.unwrap().counts(), [[1, 0], [0, 2]]);
@@ -333,7 +335,9 @@ mod tests {
         assert_eq!(report.evaluation.to_string(), "loss 0.0000, f1 micro 0.8000, f1 macro 0.5000, accuracy 50.0 %");
         let number = task(Problem::Regression, 1);
         let mut answers = Answers::new(&number);
-        [(1.0, 2.0), (2.0, 4.0), (3.0, 5.0)].map(|(found, truth)| answers.count(&[found], &Truth::Values(&[truth])));
+        [(1.0, 2.0), (2.0, 4.0), (3.0, 5.0)]
+            .into_iter()
+            .for_each(|(found, truth)| answers.count(&[found], &Truth::Values(&[truth])));
         let measures = answers.report(&number, 0.0, 3).evaluation.measures;
         assert!((measures["spearman"] - 1.0).abs() < 1e-12 && (measures["pearson"] - 0.981_98).abs() < 1e-5);
     }

@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn what_cannot_work_is_refused() {
-        assert!(Batches::new(Vec::new(), options(None)).is_err());
+        assert!(Batches::new(Vec::<Sample>::new(), options(None)).is_err());
         assert!(Batches::new(samples(3), BatchOptions { batch_size: 0, ..options(None) }).is_err());
         let error = Batches::new(samples(50), options(Some(10))).unwrap_err().to_string();
         assert!(error.contains("holds 10 tokens, but a sample has 24"), "{error}");

@@ -1,5 +1,6 @@
 //! Training a language model: the next token of texts and answers.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::module::Module;
@@ -43,7 +44,8 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
     };
     let (all, report) = reading.samples(&rows, settings.data()?)?;
     let given = held_out.as_ref().zip(settings.eval_data.as_ref());
-    let given = given.map(|(rows, path)| Ok(reading.samples(rows, path)?.0)).transpose()?;
+    let read = |(rows, path): (&Vec<Row>, &PathBuf)| -> Result<_> { Ok(reading.samples(rows, path)?.0) };
+    let given = given.map(read).transpose()?;
     let (samples, held_out) = job.hold_out(all, given)?;
     job.go(Start {
         objective: NextToken,

@@ -96,7 +96,7 @@ fn a_folder_for_each_class() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, "").unwrap();
     };
-    ["cat/b.PNG", "cat/a.jpeg", "dog/c.jpg", "dog/notes.txt", ".cache/x.png", "README.md"].map(put);
+    ["cat/b.PNG", "cat/a.jpeg", "dog/c.jpg", "dog/notes.txt", ".cache/x.png", "README.md"].into_iter().for_each(put);
     let rows = read_labelled(dir.path()).unwrap();
     let found: Vec<(String, String)> = rows
         .into_iter()
