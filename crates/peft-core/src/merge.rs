@@ -1,10 +1,9 @@
 //! Merging: the adapter folded into the weights, as a new value.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::marker::PhantomData;
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, TensorData};
 
 use crate::{Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, map_params, scan, visit_params};
 
@@ -18,62 +17,64 @@ use crate::{Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result
 pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     let module = module.valid();
     let found = scan(&module);
-    let adapted = found.sites.iter().filter(|site| found.adapted.contains(&site.path));
-    let refused = adapted.filter_map(|site| {
-        let what = method.unmergeable(site)?;
-        Some(Problem::Other { path: site.path.clone(), what: format!("{what}; keep the adapter separate") })
-    });
-    let mut problems: Vec<Problem> = refused.collect();
-    let mut biases = Biases::default();
-    visit_params(&module, &mut biases);
-    let mut shifts =
-        Shifts::<M> { stack: PathStack::default(), biases: biases.0, shifts: BTreeMap::new(), method: PhantomData };
-    module.visit(&mut shifts);
-    let Shifts { biases, shifts, .. } = shifts;
-    problems.extend(shifts.keys().filter(|path| !biases.contains_key(*path)).map(|path| {
-        let what = "the adapter adds a bias, and the layer has none to merge it into; keep the adapter separate";
-        Problem::Other { path: path.clone(), what: what.to_owned() }
-    }));
+    let mut parts = Parts::default();
+    visit_params(&module, &mut parts);
+    let (mut problems, mut shifts) = (parts.problems, BTreeMap::new());
+    for site in found.sites.iter().filter(|site| found.adapted.contains(&site.path)) {
+        let mut refuse = |what: &str| {
+            let what = format!("{what}; keep the adapter separate");
+            problems.push(Problem::Other { path: site.path.clone(), what });
+        };
+        if let Some(reason) = method.unmergeable(site) {
+            refuse(&reason);
+            continue;
+        }
+        // A parameter shows its adapter to nobody who visits it, so it is made again, with its values.
+        let values = parts.fields.remove(&site.path).unwrap_or_default();
+        let adapter = map_params(method.init(site, 0)?, &mut Values(values));
+        let bias = parts.biases.get(&site.path);
+        match M::activation(&adapter).and_then(|adapter| adapter.shift(bias)) {
+            Some(_) if bias.is_none() => refuse("the adapter adds a bias, and the layer has none to merge it into"),
+            Some(shift) => drop(shifts.insert(site.path.clone(), shift)),
+            None => {}
+        }
+    }
     let mut finish = Finish { shifts, adapted: found.adapted, problems };
     let module = map_params(module.materialize(), &mut finish);
     if finish.problems.is_empty() { Ok(module) } else { Err(Error::Merge { problems: finish.problems }) }
 }
 
-/// What the layers add to their output, by path.
+/// What the layers add to their output, by path; and the adapters' tensors, by path and field.
 #[derive(Default)]
-struct Biases(BTreeMap<String, Tensor<1>>);
+struct Parts {
+    biases: BTreeMap<String, Tensor<1>>,
+    fields: BTreeMap<String, BTreeMap<String, TensorData>>,
+    problems: Vec<Problem>,
+}
 
-impl ParamVisitor for Biases {
+impl ParamVisitor for Parts {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let location = at.locate();
         if location.is_bias() {
-            self.0.insert(location.module, param.base().flatten(0, D - 1));
+            self.biases.insert(location.module, param.base().flatten(0, D - 1));
+            return;
+        }
+        let Some(field) = location.field else { return };
+        match param.base().try_into_data() {
+            Ok(data) => drop(self.fields.entry(location.module).or_default().insert(field, data)),
+            Err(e) => self.problems.push(Problem::Other { path: at.path(), what: format!("{e:?}") }),
         }
     }
 }
 
-/// What the adapters add to that. They sit in weights, packed ones among them, so this visit sees everything.
-struct Shifts<M> {
-    stack: PathStack,
-    biases: BTreeMap<String, Tensor<1>>,
-    shifts: BTreeMap<String, Tensor<1>>,
-    method: PhantomData<M>,
-}
+/// Puts an adapter's values into a fresh one.
+struct Values(BTreeMap<String, TensorData>);
 
-impl<M: Method> ModuleVisitor for Shifts<M> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let activation = param.reparameterization::<M::Adapter>().and_then(M::activation);
-        let path = self.stack.locate().module;
-        if let Some(shift) = activation.and_then(|adapter| adapter.shift(self.biases.get(&path))) {
-            self.shifts.insert(path, shift);
+impl ParamMapper for Values {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.0.remove(&at.path()) {
+            Some(data) => param.map(|fresh| Tensor::from_data(data, (&fresh.device(), fresh.dtype()))),
+            None => param,
         }
     }
 }

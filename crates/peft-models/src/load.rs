@@ -141,7 +141,7 @@ struct Source<'a> {
 impl Source<'_> {
     /// The weight of `site` in its packed form, if it is to have one.
     fn packed(&self, weights: &dyn Weights, site: &Site, packing: &Packing) -> Result<Option<PackedData>> {
-        if site.kind == LayerKind::Embedding || *packing == Packing::Dense {
+        if !site.kind.multiplies() || *packing == Packing::Dense {
             return Ok(None);
         }
         let as_stored = matches!(packing, Packing::AsStored | Packing::Quantize(_));
