@@ -1,11 +1,14 @@
 //! Merging: the adapter folded into the weights, as a new value.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, Param};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
-use crate::{Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, map_params, scan, visit_params};
+use crate::{
+    Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, map_params, scan, visit_params,
+};
 
 /// Folds the adapter of `module` into its weights and biases and drops it; the result lives on the plain device, ready for inference.
 ///
@@ -19,24 +22,19 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     let found = scan(&module);
     let mut parts = Parts::default();
     visit_params(&module, &mut parts);
-    let (mut problems, mut shifts) = (parts.problems, BTreeMap::new());
+    let (mut shifts, mut problems) = (BTreeMap::new(), Vec::new());
     for site in found.sites.iter().filter(|site| found.adapted.contains(&site.path)) {
-        let mut refuse = |what: &str| {
+        let mut problem = |what: &str| {
             let what = format!("{what}; keep the adapter separate");
             problems.push(Problem::Other { path: site.path.clone(), what });
         };
-        if let Some(reason) = method.unmergeable(site) {
-            refuse(&reason);
-            continue;
-        }
-        // A parameter shows its adapter to nobody who visits it, so it is made again, with its values.
-        let values = parts.fields.remove(&site.path).unwrap_or_default();
-        let adapter = map_params(method.init(site, 0)?, &mut Values(values));
-        let bias = parts.biases.get(&site.path);
-        match M::activation(&adapter).and_then(|adapter| adapter.shift(bias)) {
-            Some(_) if bias.is_none() => refuse("the adapter adds a bias, and the layer has none to merge it into"),
-            Some(shift) => drop(shifts.insert(site.path.clone(), shift)),
-            None => {}
+        if let Some(what) = method.unmergeable(site) {
+            problem(&what);
+        } else if let Some(shift) = parts.shift(method, site)? {
+            if !site.has_bias {
+                problem("the adapter adds a bias, and the layer has none to merge it into");
+            }
+            shifts.insert(site.path.clone(), shift);
         }
     }
     let mut finish = Finish { shifts, adapted: found.adapted, problems };
@@ -44,38 +42,45 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     if finish.problems.is_empty() { Ok(module) } else { Err(Error::Merge { problems: finish.problems }) }
 }
 
-/// What the layers add to their output, by path; and the adapters' tensors, by path and field.
+/// What a visit shows, by the path of the layer.
 #[derive(Default)]
 struct Parts {
+    /// What the layers add to their output.
     biases: BTreeMap<String, Tensor<1>>,
-    fields: BTreeMap<String, BTreeMap<String, TensorData>>,
-    problems: Vec<Problem>,
+    /// The adapters' parameters by field.
+    fields: BTreeMap<String, Fields>,
 }
+
+type Fields = BTreeMap<String, Box<dyn Any>>;
 
 impl ParamVisitor for Parts {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let location = at.locate();
         if location.is_bias() {
             self.biases.insert(location.module, param.base().flatten(0, D - 1));
-            return;
-        }
-        let Some(field) = location.field else { return };
-        match param.base().try_into_data() {
-            Ok(data) => drop(self.fields.entry(location.module).or_default().insert(field, data)),
-            Err(e) => self.problems.push(Problem::Other { path: at.path(), what: format!("{e:?}") }),
+        } else if let Some(field) = location.field {
+            self.fields.entry(location.module).or_default().insert(field, Box::new(param.clone()));
         }
     }
 }
 
-/// Puts an adapter's values into a fresh one.
-struct Values(BTreeMap<String, TensorData>);
-
-impl ParamMapper for Values {
-    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.0.remove(&at.path()) {
-            Some(data) => param.map(|fresh| Tensor::from_data(data, (&fresh.device(), fresh.dtype()))),
-            None => param,
+impl Parts {
+    /// What the adapter adds to the output of its layer besides the layer's bias.
+    fn shift<M: Method>(&mut self, method: &M, site: &Site) -> Result<Option<Tensor<1>>> {
+        let Some(mut fields) = self.fields.remove(&site.path) else { return Ok(None) };
+        if method.needs_activation(site).is_none() {
+            return Ok(None);
         }
+        // A visitor sees an adapter's parameters and never the adapter, so a new one is made and given them.
+        let adapter = map_params(method.init(site, 0)?, &mut fields);
+        Ok(M::activation(&adapter).and_then(|adapter| adapter.shift(self.biases.get(&site.path))))
+    }
+}
+
+impl ParamMapper for Fields {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let given = self.remove(&at.path()).and_then(|given| given.downcast().ok());
+        given.map_or(param, |given| *given)
     }
 }
 
