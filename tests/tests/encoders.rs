@@ -387,12 +387,17 @@ struct Case {
     variant: String,
 }
 
-/// What the model of a golden directory gives for its own inputs at real places.
+/// What an adapted model of a golden directory gives for its inputs at real places.
 fn outputs(model: &Encoder, name: &str) -> Vec<f32> {
     if IMAGES.contains(&name) {
         return values(model.forward(&pixels(name, "pixels", 2)));
     }
-    let input = Input::Text(text(name, true));
+    let mut text = text(name, true);
+    if name == "bert_qa" {
+        // PEFT's wrapper of models for answers does not hand on the types.
+        text.types = None;
+    }
+    let input = Input::Text(text);
     let found = if name == "bert_base" { model.hidden(&input) } else { model.forward(&input) };
     real(&values(found), true)
 }
