@@ -4,19 +4,24 @@
 //! cargo run --release -p peft-benches -- step [--python PYTHON]
 //! cargo run --release -p peft-benches -- decode [--python PYTHON]
 //! cargo run --release -p peft-benches -- sweep [--python PYTHON] --out docs/cpu.svg
+//! cargo run --release -p peft-benches -- operations [--backend ndarray]
 //! cargo run --release -p peft-benches -- curves RUN… --out docs/bf16.svg
+//! cargo run --release -p peft-benches -- tasks --peft target/release/peft --model data/minilm --data data/vader/film-polarity --out runs/tasks
 //! ```
 
 mod curves;
+mod operations;
 mod picture;
 mod plain;
 mod side;
 mod sweep;
+mod tasks;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use burn::tensor::Device;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
 
@@ -39,8 +44,12 @@ enum What {
     Decode(Comparison),
     /// Throughput against threads and rank, memory and time a token against the length of the sequence, as a picture
     Sweep(sweep::Sweep),
+    /// Each custom operation and its gradient, against the same of Burn's own operations
+    Operations(operations::Operations),
     /// Loss curves of training runs side by side, as a picture
     Curves(curves::Curves),
+    /// What methods reach on a task, and what they cost, as a table
+    Tasks(tasks::Tasks),
     /// One side, for itself
     #[command(hide = true)]
     Side {
@@ -105,6 +114,20 @@ enum Backend {
     Cuda,
 }
 
+impl Backend {
+    fn device(self) -> Device {
+        match self {
+            Self::Flex => Device::flex(),
+            #[allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")]
+            Self::Ndarray => Device::ndarray(),
+            #[cfg(feature = "vulkan")]
+            Self::Vulkan => Device::vulkan(burn::tensor::DeviceKind::DefaultDevice),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Device::cuda(0),
+        }
+    }
+}
+
 impl Setup {
     fn flags(&self) -> Vec<String> {
         let Self { steps, layers, vocab, batch, seq, rank, threads, .. } = self;
@@ -150,7 +173,9 @@ fn main() -> Outcome<()> {
             compare(&comparison, &ours, &[("torch", &["--decode"]), ("torch+bitsandbytes", packed)])
         }
         What::Sweep(sweep) => sweep.run(),
+        What::Operations(operations) => operations.run(),
         What::Curves(curves) => curves.run(),
+        What::Tasks(tasks) => tasks.run(),
         What::Side { side, model, setup } => {
             println!("{}", side.measure(&setup, &model)?);
             Ok(())

@@ -17,7 +17,7 @@ use peft_quant::Quantization;
 use serde_json::{Value, json};
 
 use crate::plain::PlainLlama;
-use crate::{Backend, Outcome, Setup};
+use crate::{Outcome, Setup};
 
 pub(crate) const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 pub(crate) const HIDDEN: usize = 576;
@@ -65,15 +65,7 @@ impl Side {
     /// Median seconds of a step or a token, and the peak of resident memory above the start.
     pub(crate) fn measure(self, setup: &Setup, dir: &Path) -> Outcome<Value> {
         let before = resident("VmRSS")?;
-        let device = match setup.backend {
-            Backend::Flex => Device::flex(),
-            #[allow(deprecated, reason = "ndarray goes with Burn 0.23; until then it is a second opinion on the CPU")]
-            Backend::Ndarray => Device::ndarray(),
-            #[cfg(feature = "vulkan")]
-            Backend::Vulkan => Device::vulkan(burn::tensor::DeviceKind::DefaultDevice),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda => Device::cuda(0),
-        };
+        let device = setup.backend.device();
         let train = device.clone().autodiff();
         let precision = match self {
             Self::LoraBf16 | Self::PackedBf16 | Self::DecodeBf16 => Precision::Bf16,

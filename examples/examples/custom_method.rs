@@ -73,9 +73,9 @@ impl Reparameterization for InputScaleAdapter {
 
 /// The activation form: one row of products instead of a new weight.
 impl Activation for InputScaleAdapter {
-    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2> {
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
         let (dtype, l) = (x.dtype(), self.l.val());
-        base.linear((x.cast(l.dtype()) * l.unsqueeze()).cast(dtype))
+        Some(base.linear((x.cast(l.dtype()) * l.unsqueeze()).cast(dtype)))
     }
 }
 

@@ -16,7 +16,7 @@ use peft::models::config::ModelConfig;
 use peft::models::export::save_model;
 use peft::models::tokenizer::{SpecialTokens, Tokenizer};
 use peft::train::data::{BatchOptions, Batches, EncodeOptions, Row, encode, split};
-use peft::train::{Schedule, TrainConfig, WholeModel, train};
+use peft::train::{NextToken, Schedule, TrainConfig, WholeModel, train};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     device.seed(SEED);
     let json = config();
     let model = CausalLm::new(&ModelConfig::from_json(&json, &out)?, &device);
-    let whole = WholeModel { config: json.clone(), tokenizer: tokenizer.clone() };
+    let whole = WholeModel { config: json.clone(), tokenizer: Some(tokenizer.clone()), others: Vec::new() };
     let settings = TrainConfig {
         steps,
         learning_rate: 2e-3,
@@ -61,7 +61,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let batches = Batches::new(samples, options.clone())?;
     let held_out = Batches::new(held_out, options)?;
     let never = AtomicBool::new(false);
-    let (model, summary) = train(model, &whole, batches, Some(&held_out), &settings, &out, true, &device, &never)?;
+    let (model, summary) =
+        train(&NextToken, model, &whole, batches, Some(&held_out), &settings, &out, true, &device, &never)?;
     println!("{}", serde_json::to_string_pretty(&summary)?);
     save_model(&model, &json, Some(&tokenizer), peft::models::export::Dtype::F16, &out.join("f16"))?;
     Ok(())

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::files::{TENSOR_FILE, read_values};
-use peft_core::{AdapterFile, LayerKind, Targets, load_adapter, merge, pattern_value};
+use peft_adapter::{BitFitConfig, Ia3Config, LnTuningConfig};
+use peft_core::files::{CONFIG_FILE, TENSOR_FILE, read_values};
+use peft_core::{AdapterFile, LayerKind, Method, Targets, load_adapter, merge, pattern_value};
 use peft_lora::{Combination, LoraConfig, combine};
 use peft_models::checkpoint::Checkpoint;
 use peft_models::load::{Packing, Precision};
@@ -114,21 +115,21 @@ fn greedy_generation_equals_transformers() {
 struct Case {
     path: String,
     base: String,
-    variant: String,
     merge_exact: bool,
 }
 
-#[test]
-fn adapters_of_peft_give_its_logits_and_merge() {
-    let cases: Vec<Case> =
-        serde_json::from_str(&std::fs::read_to_string(testdata().join("lora/cases.json")).unwrap()).unwrap();
-    assert!(cases.len() >= 20);
+/// The adapters below `testdata/<folder>`.
+fn cases(folder: &str) -> Vec<Case> {
+    serde_json::from_str(&std::fs::read_to_string(testdata().join(folder).join("cases.json")).unwrap()).unwrap()
+}
+
+/// Each adapter gives the logits of PEFT, and merged those of PEFT's merged model.
+fn give_the_logits_of_peft<M: Method>(cases: Vec<Case>) {
     for case in cases {
         let dir = testdata().join(&case.path);
         let golden = dir.join("logits.safetensors");
-        let named = format!("{}/{}", case.base, case.variant);
-        let load =
-            |base: CausalLm| load_adapter::<_, LoraConfig>(base, &dir).unwrap_or_else(|e| panic!("{named}: {e}"));
+        let named = &case.path;
+        let load = |base: CausalLm| load_adapter::<_, M>(base, &dir).unwrap_or_else(|e| panic!("{named}: {e}"));
         let (adapted, method) = load(model(&case.base));
         let found = deviation(&logits(&adapted, &golden), &floats(&golden, "logits"));
         assert!(found < BOUND, "{named}: {found}");
@@ -141,23 +142,63 @@ fn adapters_of_peft_give_its_logits_and_merge() {
     }
 }
 
+/// Saving what was loaded gives the same tensors, the same fields, and from then on the same bytes. Fields of PEFT's file that are not written are only those of `unwritten`; `None` for
+/// a method of which not all is built.
+fn survives_a_round_trip<M: Method>(path: &str, base: &str, unwritten: Option<&[&str]>) {
+    let dir = testdata().join(path);
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let json = |dir: &Path| -> serde_json::Map<String, serde_json::Value> {
+        serde_json::from_str(&std::fs::read_to_string(dir.join(CONFIG_FILE)).unwrap()).unwrap()
+    };
+    let name = json(&dir)["base_model_name_or_path"].as_str().unwrap().to_owned();
+    for (from, to) in [(dir.as_path(), first.path()), (first.path(), second.path())] {
+        let (adapted, method) = load_adapter::<_, M>(model(base), from).unwrap();
+        peft_core::save_adapter(&adapted, &method, Some(&name), to).unwrap();
+    }
+    let read = |dir: &Path| read_values(&dir.join(TENSOR_FILE)).unwrap();
+    assert_eq!(read(first.path()), read(&dir), "{path}");
+    for file in [CONFIG_FILE, TENSOR_FILE] {
+        let bytes = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+        assert!(bytes(first.path()) == bytes(second.path()), "{path}: {file}");
+    }
+    let (written, peft) = (json(first.path()), json(&dir));
+    let (known, missing): (Vec<_>, Vec<_>) = peft.iter().partition(|(field, _)| written.contains_key(*field));
+    for (field, value) in known {
+        let ours = &written[field];
+        // A number may be whole here and not there.
+        let same = ours == value || (ours.is_number() && ours.as_f64() == value.as_f64());
+        assert!(same, "{path}: {field} is {ours}, expected {value}");
+    }
+    if let Some(unwritten) = unwritten {
+        assert!(missing.iter().all(|(field, _)| unwritten.contains(&field.as_str())), "{path}: {missing:?}");
+    }
+}
+
 #[test]
-fn saving_what_was_loaded_gives_the_same_tensors() {
+fn adapters_of_peft_give_its_logits_and_merge() {
+    let (lora, ia3, ln_tuning, beft) = (cases("lora"), cases("ia3"), cases("ln_tuning"), cases("beft"));
+    assert!(lora.len() >= 20 && ia3.len() >= 12 && ln_tuning.len() >= 5 && beft.len() >= 3);
+    give_the_logits_of_peft::<LoraConfig>(lora);
+    give_the_logits_of_peft::<Ia3Config>(ia3);
+    give_the_logits_of_peft::<LnTuningConfig>(ln_tuning);
+    give_the_logits_of_peft::<BitFitConfig>(beft);
+}
+
+#[test]
+fn saving_what_was_loaded_gives_the_same_files() {
     for variant in ["plain", "lora_bias", "modules_to_save", "bias_all"] {
         let base = if variant.contains("bias") { "llama_bias" } else { "llama" };
-        let dir = testdata().join("lora").join(base).join(variant);
-        let (adapted, method) = load_adapter::<_, LoraConfig>(model(base), &dir).unwrap();
-        let again = tempfile::tempdir().unwrap();
-        peft_core::save_adapter(&adapted, &method, Some("base"), again.path()).unwrap();
-        let read = |dir: &Path| read_values(&dir.join(TENSOR_FILE)).unwrap();
-        assert_eq!(read(again.path()), read(&dir), "{variant}");
-        let (adapted, method) = load_adapter::<_, LoraConfig>(model(base), again.path()).unwrap();
-        let third = tempfile::tempdir().unwrap();
-        peft_core::save_adapter(&adapted, &method, Some("base"), third.path()).unwrap();
-        for file in ["adapter_config.json", TENSOR_FILE] {
-            let bytes = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
-            assert!(bytes(again.path()) == bytes(third.path()), "{variant}: {file}");
-        }
+        survives_a_round_trip::<LoraConfig>(&format!("lora/{base}/{variant}"), base, None);
+    }
+    let unwritten = Some(&["peft_version"][..]);
+    for case in cases("ia3") {
+        survives_a_round_trip::<Ia3Config>(&case.path, &case.base, unwritten);
+    }
+    for case in cases("ln_tuning") {
+        survives_a_round_trip::<LnTuningConfig>(&case.path, &case.base, unwritten);
+    }
+    for case in cases("beft") {
+        survives_a_round_trip::<BitFitConfig>(&case.path, &case.base, unwritten);
     }
 }
 

@@ -1,8 +1,10 @@
 //! One binary, so that the workspace links once.
 #![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
+mod adapterhub;
 mod encoders;
 mod golden;
 mod hostile;
+mod labels;
 mod packed;
 mod training;

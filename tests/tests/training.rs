@@ -9,7 +9,7 @@ use peft_core::{Targets, attach};
 use peft_lora::LoraConfig;
 use peft_models::{CausalLm, ModelSource, Pretrained};
 use peft_train::data::{BatchOptions, Batches, Sample};
-use peft_train::{AdapterOf, Error, Outcome, Schedule, Summary, TrainConfig, evaluate, train};
+use peft_train::{AdapterOf, Error, NextToken, Objective as _, Outcome, Schedule, Summary, TrainConfig, train};
 
 use crate::golden::testdata;
 
@@ -58,7 +58,7 @@ fn run(dir: &Path, config: &TrainConfig, resume: bool, stop: bool) -> Result<Sum
     let device = Device::flex().autodiff();
     let held_out = batches(None);
     let stop = AtomicBool::new(stop);
-    train(model, &trained, batches(None), Some(&held_out), config, dir, resume, &device, &stop)
+    train(&NextToken, model, &trained, batches(None), Some(&held_out), config, dir, resume, &device, &stop)
         .map(|(_, summary)| summary)
 }
 
@@ -99,8 +99,9 @@ fn resuming_is_bit_identical() {
 #[test]
 fn packing_and_padding_do_not_change_the_loss() {
     let model = base().valid();
-    let [padded, packed] = [None, Some(32)].map(|pack| evaluate(&model, &batches(pack), &Device::flex()).unwrap());
-    assert_eq!(padded.tokens, packed.tokens);
+    let [padded, packed] =
+        [None, Some(32)].map(|pack| NextToken.evaluate(&model, &batches(pack), &Device::flex()).unwrap());
+    assert_eq!(padded.count, packed.count);
     assert!((padded.loss - packed.loss).abs() < 1e-5, "{} {}", padded.loss, packed.loss);
 }
 

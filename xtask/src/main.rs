@@ -13,6 +13,7 @@ mod new_method;
 mod process;
 mod setup;
 mod test_backends;
+mod vader;
 mod workspace;
 
 use clap::{Parser, Subcommand};

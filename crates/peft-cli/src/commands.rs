@@ -7,6 +7,7 @@ pub mod inspect;
 pub mod logits;
 pub mod merge;
 pub mod methods;
+pub mod predict;
 pub mod quantize;
 pub mod quickstart;
 pub mod train;

@@ -1,8 +1,9 @@
-//! The command line `peft`: fine-tune, evaluate, run, merge and look into language models and their adapters.
+//! The command line `peft`: fine-tune, evaluate, run, merge and look into language models, encoders and their adapters.
 //!
 //! Each command is one file in [`commands`]; the methods that it offers by name are one table, [`methods::METHODS`].
 
 pub mod commands;
+pub mod content;
 pub mod device;
 mod error;
 pub mod interrupt;
@@ -22,7 +23,7 @@ use output::Output;
 
 /// The arguments of the program.
 #[derive(Debug, Parser)]
-#[command(name = "peft", version, about = "Fine-tune language models with small adapters, on any device, without Python", after_help = EXAMPLES)]
+#[command(name = "peft", version, about = "Fine-tune language models and encoders with small adapters, on any device, without Python", after_help = EXAMPLES)]
 pub struct Arguments {
     /// Where to compute: cpu, ndarray, cubecl-cpu, vulkan, wgpu, metal or cuda, with an optional :index
     #[arg(long, global = true, default_value = "cpu", help_heading = "Everywhere")]
@@ -53,6 +54,8 @@ pub enum Command {
     Train(Box<commands::train::Args>),
     /// Measure a model, with or without an adapter, on a data file
     Eval(commands::eval::Args),
+    /// Label a text, its words or a picture with an encoder
+    Predict(commands::predict::Args),
     /// Continue a text or answer a message
     Generate(commands::generate::Args),
     /// Fold an adapter into its model and write a Hugging Face directory
@@ -65,7 +68,7 @@ pub enum Command {
     Inspect(commands::inspect::Args),
     /// List the methods that can be trained
     Methods,
-    /// Print the logits of given token ids as JSON, for parity checks and bug reports
+    /// Print the logits of token ids, a text or a picture as JSON, for parity checks and bug reports
     Logits(commands::logits::Args),
 }
 
@@ -99,6 +102,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode> {
             commands::train::run(*args, given, &context)
         }
         Command::Eval(args) => commands::eval::run(&args, &context).map(done),
+        Command::Predict(args) => commands::predict::run(&args, &context).map(done),
         Command::Generate(args) => commands::generate::run(&args, &context).map(done),
         Command::Merge(args) => commands::merge::run(&args, &context).map(done),
         Command::Quantize(args) => commands::quantize::run(&args, &context).map(done),

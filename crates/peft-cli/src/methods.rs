@@ -1,18 +1,25 @@
 //! The methods that the command line offers by name. This table is the only place that lists them.
 
+mod configure;
+mod whole;
+
+use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::path::Path;
 
-use indexmap::IndexMap;
+use burn::module::Module;
+use configure::{bitfit, bottleneck, ia3, ln_tuning, lora, ssf};
+use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, LnTuningConfig, SsfConfig};
 use peft_core::files::{CONFIG_FILE, peft_type};
-use peft_core::{Method, Names, OneOrMany, Site, Targets, attach, base_fingerprint, load_adapter, merge};
+use peft_core::{Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
 use peft_lora::{LoraConfig, attach_factors};
-use peft_models::CausalLm;
 use peft_models::load::Packing;
+use peft_models::{CausalLm, Encoder, ModelFiles};
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
+use whole::Whole;
 
 use crate::model::FrozenType;
-use crate::rows::assignments;
 use crate::settings::{Init, Settings};
 use crate::{Error, Result};
 
@@ -21,8 +28,6 @@ use crate::{Error, Result};
 pub struct Entry {
     /// What `--method` takes.
     pub name: &'static str,
-    /// What adapter files call it.
-    pub peft_type: &'static str,
     /// One line.
     pub about: &'static str,
     /// What an adapted layer computes.
@@ -30,59 +35,184 @@ pub struct Entry {
     /// Trained parameters of an adapted layer.
     pub parameters: &'static str,
     build: fn(&Settings) -> Result<Box<dyn Adaptation>>,
-    load: fn(CausalLm, &Path) -> Result<CausalLm>,
-    merge: fn(CausalLm, &Path) -> Result<CausalLm>,
+    files: Option<&'static dyn AdapterFiles>,
 }
 
 /// All methods.
-pub const METHODS: &[Entry] = &[Entry {
-    name: "lora",
-    peft_type: LoraConfig::PEFT_TYPE,
-    about: "a low-rank sum on frozen weights (Hu et al. 2021, arXiv:2106.09685)",
-    formula: "y = x·W + b + (alpha / rank)·x·A·B",
-    parameters: "rank · (d_in + d_out)",
-    build: |settings| match settings.init {
-        Init::Loftq => Ok(Box::new(loftq(settings)?)),
-        _ => Ok(Box::new(lora(settings)?)),
+pub const METHODS: &[Entry] = &[
+    Entry {
+        name: "lora",
+        about: "a low-rank sum on frozen weights (Hu et al. 2021, arXiv:2106.09685)",
+        formula: "y = x·W + b + (alpha / rank)·x·A·B",
+        parameters: "rank · (d_in + d_out)",
+        build: |settings| match settings.init {
+            Init::Loftq => Ok(Box::new(loftq(settings)?)),
+            _ => Ok(Box::new(lora(settings)?)),
+        },
+        files: Some(&FilesOf::<LoraConfig>(PhantomData)),
     },
-    load: load_as::<LoraConfig>,
-    merge: merge_as::<LoraConfig>,
-}];
+    Entry {
+        name: "ia3",
+        about: "factors on outputs, or on inputs of --feedforward modules (Liu et al. 2022, arXiv:2205.05638)",
+        formula: "y = l ⊙ (x·W + b), or (l ⊙ x)·W + b",
+        parameters: "d_out, or d_in",
+        build: |settings| Ok(Box::new(ia3(settings)?)),
+        files: Some(&FilesOf::<Ia3Config>(PhantomData)),
+    },
+    Entry {
+        name: "ssf",
+        about: "scales and shifts of linear layers, norms, convolutions (Lian et al. 2022, arXiv:2210.08823)",
+        formula: "y = γ ⊙ (x·W + b) + β",
+        parameters: "2 · d_out",
+        build: |settings| Ok(Box::new(ssf(settings)?)),
+        files: Some(&FilesOf::<SsfConfig>(PhantomData)),
+    },
+    Entry {
+        name: "ln-tuning",
+        about: "norms trained whole (Zhao et al. 2023, arXiv:2312.11420)",
+        formula: "y = γ' ⊙ normed(x) + β'",
+        parameters: "d_out, or 2 · d_out with β",
+        build: |settings| Ok(Box::new(ln_tuning(settings)?)),
+        files: Some(&FilesOf::<LnTuningConfig>(PhantomData)),
+    },
+    Entry {
+        name: "bitfit",
+        about: "biases trained, of layers that have one (Ben Zaken et al. 2022, arXiv:2106.10199)",
+        formula: "y = x·W + (b + β)",
+        parameters: "d_out",
+        build: |settings| Ok(Box::new(bitfit(settings)?)),
+        files: Some(&FilesOf::<BitFitConfig>(PhantomData)),
+    },
+    Entry {
+        name: "houlsby",
+        about: "bottlenecks after attention and after feed-forward (Houlsby et al. 2019, arXiv:1902.00751)",
+        formula: "y = x + f(x·D + d)·U + u",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "houlsby", BottleneckConfig::houlsby)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "pfeiffer",
+        about: "bottlenecks after feed-forward alone (Pfeiffer et al. 2021, arXiv:2005.00247)",
+        formula: "y = x + f(x·D + d)·U + u",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "pfeiffer", BottleneckConfig::pfeiffer)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "parallel",
+        about: "bottlenecks beside feed-forward (He et al. 2022, arXiv:2110.04366)",
+        formula: "y = FFN(x) + 4·(f(x·D + d)·U + u)",
+        parameters: "2 · width² / factor + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "parallel", BottleneckConfig::parallel)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "compacter",
+        about: "Houlsby's, of sums of Kronecker products (Karimi Mahabadi et al. 2021, arXiv:2106.04647)",
+        formula: "D = Σ Aᵢ ⊗ (sᵢ·tᵢ)",
+        parameters: "2 · n³ + 2 · (width + width / factor) + width / factor + width",
+        build: |settings| Ok(Box::new(bottleneck(settings, "compacter", BottleneckConfig::compacter)?)),
+        files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
+    },
+    Entry {
+        name: "full",
+        about: "every parameter; the result is a model, not an adapter",
+        formula: "y = x·W' + b'",
+        parameters: "all",
+        build: |settings| Ok(Box::new(Whole::all(settings)?)),
+        files: None,
+    },
+    Entry {
+        name: "head",
+        about: "the head alone, a linear probe of an encoder; the result is a model",
+        formula: "y = x·W + b",
+        parameters: "0",
+        build: |settings| Ok(Box::new(Whole::head(settings)?)),
+        files: None,
+    },
+];
 
-/// A configured method, whichever it is.
-pub trait Adaptation {
-    /// Which layers it adapts.
-    fn targets(&self) -> &Targets;
+/// A configured method, whichever it is, on either kind of model.
+pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
+    /// Which layers it adapts; nothing for what makes no adapter.
+    fn targets(&self) -> Option<&Targets>;
 
-    /// Freezes the model and attaches the adapter.
-    ///
-    /// # Errors
-    /// See [`attach`].
-    fn attach(&self, model: CausalLm, seed: u64) -> Result<CausalLm>;
-
-    /// How the adapter on `model` is saved; `base_model` is the name of the model it belongs to.
-    ///
-    /// # Errors
-    /// When the device does not hand out what has to be saved.
-    fn trained(&self, model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>>;
-
-    /// In which form the model must be loaded for [`attach`](Self::attach), given what the user asked for.
+    /// In which form the model must be loaded for [`attach`](Adapts::attach), given what the user asked for.
     fn packing(&self, asked: Packing) -> Packing {
         asked
     }
 }
 
-impl<M: Method> Adaptation for M {
-    fn targets(&self) -> &Targets {
-        Method::targets(self)
-    }
+/// What a configured method does to a model of type `T`.
+pub trait Adapts<T> {
+    /// Freezes the model and attaches the adapter.
+    ///
+    /// # Errors
+    /// See [`attach`].
+    fn attach(&self, model: T, seed: u64) -> Result<T>;
 
-    fn attach(&self, model: CausalLm, seed: u64) -> Result<CausalLm> {
+    /// How what is trained of `model` is saved; `files` are those of the model, with its task.
+    ///
+    /// # Errors
+    /// When the device does not hand out what has to be saved.
+    fn trained(&self, model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>>;
+}
+
+impl<M: Method> Adaptation for M {
+    fn targets(&self) -> Option<&Targets> {
+        Some(Method::targets(self))
+    }
+}
+
+impl<T: Module, M: Method> Adapts<T> for M {
+    fn attach(&self, model: T, seed: u64) -> Result<T> {
         Ok(attach(model, self, seed)?)
     }
 
-    fn trained(&self, _model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>> {
-        Ok(Box::new(AdapterOf::new(self.clone(), base_model)))
+    fn trained(&self, _model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
+        Ok(Box::new(AdapterOf::on(self.clone(), files)?))
+    }
+}
+
+/// The files of a method's adapters, on either kind of model.
+pub trait AdapterFiles: FilesOn<CausalLm> + FilesOn<Encoder> + Debug + Sync {
+    /// What the files call the method.
+    fn peft_type(&self) -> &'static str;
+}
+
+/// What is done with the file of an adapter on a model of type `T`.
+pub trait FilesOn<T> {
+    /// `model` with the adapter in `dir`.
+    ///
+    /// # Errors
+    /// When the adapter cannot be read or is not one of this model.
+    fn load(&self, model: T, dir: &Path) -> Result<T>;
+
+    /// `model` with the adapter in `dir` folded into its weights.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); and when it cannot be merged.
+    fn merge(&self, model: T, dir: &Path) -> Result<T>;
+}
+
+#[derive(Debug)]
+struct FilesOf<M>(PhantomData<fn() -> M>);
+
+impl<M: Method> AdapterFiles for FilesOf<M> {
+    fn peft_type(&self) -> &'static str {
+        M::PEFT_TYPE
+    }
+}
+
+impl<T: Module, M: Method> FilesOn<T> for FilesOf<M> {
+    fn load(&self, model: T, dir: &Path) -> Result<T> {
+        Ok(load_adapter::<_, M>(model, dir)?.0)
+    }
+
+    fn merge(&self, model: T, dir: &Path) -> Result<T> {
+        let (model, method) = load_adapter::<_, M>(model, dir)?;
+        Ok(merge(model, &method)?)
     }
 }
 
@@ -94,12 +224,8 @@ struct LoftQ {
     stored: Packing,
 }
 
-impl Adaptation for LoftQ {
-    fn targets(&self) -> &Targets {
-        &self.lora.targets
-    }
-
-    fn attach(&self, model: CausalLm, seed: u64) -> Result<CausalLm> {
+impl<T: Module> Adapts<T> for LoftQ {
+    fn attach(&self, model: T, seed: u64) -> Result<T> {
         let matcher = self.lora.targets.matcher()?;
         let rank_of = |site: &Site| {
             matcher.matches(&site.path, Some(site.kind)).then(|| self.lora.rank_of(&site.path)).transpose()
@@ -109,10 +235,16 @@ impl Adaptation for LoftQ {
         Ok(attach_factors(model, &self.lora, &factors, seed)?)
     }
 
-    fn trained(&self, model: &CausalLm, base_model: &str) -> Result<Box<dyn Trained>> {
+    fn trained(&self, model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
         // On the unpacked model the adapter would add what that has never lost.
         let base_fingerprint = Some(base_fingerprint(model)?);
-        Ok(Box::new(AdapterOf { base_fingerprint, ..AdapterOf::new(self.lora.clone(), base_model) }))
+        Ok(Box::new(AdapterOf { base_fingerprint, ..AdapterOf::on(self.lora.clone(), files)? }))
+    }
+}
+
+impl Adaptation for LoftQ {
+    fn targets(&self) -> Option<&Targets> {
+        Some(&self.lora.targets)
     }
 
     fn packing(&self, _asked: Packing) -> Packing {
@@ -129,20 +261,9 @@ impl Entry {
         (self.build)(settings)
     }
 
-    /// `model` with the adapter in `dir`.
-    ///
-    /// # Errors
-    /// When the adapter cannot be read or is not one of this model.
-    pub fn load(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
-        (self.load)(model, dir)
-    }
-
-    /// `model` with the adapter in `dir` folded into its weights.
-    ///
-    /// # Errors
-    /// As [`load`](Self::load); and when it cannot be merged.
-    pub fn merge(&self, model: CausalLm, dir: &Path) -> Result<CausalLm> {
-        (self.merge)(model, dir)
+    /// What adapter files call it; nothing for what makes no adapter.
+    pub fn peft_type(&self) -> Option<&'static str> {
+        self.files.map(AdapterFiles::peft_type)
     }
 }
 
@@ -154,35 +275,29 @@ pub fn by_name(name: &str) -> Result<&'static Entry> {
     let unknown = || {
         Error::usage(
             format!("--method {name}: there is no such method"),
-            format!("one of {}", names(|entry| entry.name)),
+            format!("one of {}", names(|entry| Some(entry.name))),
         )
     };
     METHODS.iter().find(|entry| entry.name == name).ok_or_else(unknown)
 }
 
-/// The method of the adapter in `dir`.
+/// What reads the adapter in `dir`.
 ///
 /// # Errors
 /// When there is no adapter, or its method is not known.
-pub fn of_adapter(dir: &Path) -> Result<&'static Entry> {
+pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
     let found = peft_type(dir)?;
-    METHODS.iter().find(|entry| entry.peft_type == found).ok_or_else(|| {
-        let expected = format!("a method that is known ({})", names(|entry| entry.peft_type));
+    let known = METHODS.iter().filter_map(|entry| entry.files).find(|files| files.peft_type() == found);
+    known.ok_or_else(|| {
+        let expected = format!("a method that is known ({})", names(Entry::peft_type));
         peft_core::Error::Method { path: dir.join(CONFIG_FILE), expected, found }.into()
     })
 }
 
-fn names(of: fn(&Entry) -> &'static str) -> String {
-    METHODS.iter().map(of).collect::<Vec<_>>().join(", ")
-}
-
-fn load_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
-    Ok(load_adapter::<_, M>(model, dir)?.0)
-}
-
-fn merge_as<M: Method>(model: CausalLm, dir: &Path) -> Result<CausalLm> {
-    let (model, method) = load_adapter::<_, M>(model, dir)?;
-    Ok(merge(model, &method)?)
+fn names(of: fn(&Entry) -> Option<&'static str>) -> String {
+    let mut names: Vec<&str> = METHODS.iter().filter_map(of).collect();
+    names.dedup();
+    names.join(", ")
 }
 
 fn loftq(settings: &Settings) -> Result<LoftQ> {
@@ -198,53 +313,4 @@ fn loftq(settings: &Settings) -> Result<LoftQ> {
             Err(Error::usage("--init loftq: there is nothing to make up for without --quantize", "--quantize nf4"))
         }
     }
-}
-
-fn lora(settings: &Settings) -> Result<LoraConfig> {
-    Ok(LoraConfig {
-        rank: settings.rank,
-        alpha: settings.alpha.unwrap_or(settings.rank as f64),
-        dropout: settings.dropout,
-        use_rslora: settings.rslora,
-        lora_bias: settings.lora_bias,
-        init_lora_weights: settings.init.into(),
-        rank_pattern: pattern("rank-pattern", &settings.rank_pattern)?,
-        alpha_pattern: pattern("alpha-pattern", &settings.alpha_pattern)?,
-        targets: targets(settings)?,
-        ..LoraConfig::default()
-    })
-}
-
-fn pattern<T: std::str::FromStr>(flag: &str, pairs: &[String]) -> Result<IndexMap<String, T>> {
-    let parse = |(name, value): (&str, &str)| {
-        let bad = |_| {
-            Error::usage(
-                format!("--{flag} {name}={value}: {value} is not a number that fits"),
-                format!("--{flag} {name}=16"),
-            )
-        };
-        Ok((name.to_owned(), value.parse().map_err(bad)?))
-    };
-    assignments(flag, pairs)?.into_iter().map(parse).collect()
-}
-
-fn targets(settings: &Settings) -> Result<Targets> {
-    let target_modules = match (&settings.targets[..], &settings.target_regex) {
-        ([_, ..], Some(_)) => {
-            return Err(Error::usage("--targets and --target-regex are both given", "give one of them"));
-        }
-        (_, Some(regex)) => Some(Names::Pattern(regex.clone())),
-        ([all], None) if all.eq_ignore_ascii_case("all-linear") => Some(Names::Pattern(all.clone())),
-        ([], None) => None,
-        (list, None) => Some(Names::List(list.to_vec())),
-    };
-    let list = |names: &[String]| (!names.is_empty()).then(|| names.to_vec());
-    Ok(Targets {
-        target_modules,
-        exclude_modules: list(&settings.exclude).map(Names::List),
-        layers_to_transform: (!settings.layers.is_empty()).then(|| OneOrMany::Many(settings.layers.clone())),
-        layers_pattern: None,
-        modules_to_save: list(&settings.modules_to_save),
-        bias: settings.bias,
-    })
 }

@@ -4,9 +4,12 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use peft_core::files::{TENSOR_FILE, read_values};
-use peft_core::{LayerKind, Targets};
+use peft_core::{LayerKind, Targets, scan};
+use peft_models::config::Architecture;
+use peft_models::encoder::Naming;
 use peft_models::load::{Packing, Precision};
-use peft_models::{CausalLm, ModelSource, Pretrained};
+use peft_models::{CausalLm, Encoder, EncoderOptions, ModelFiles, ModelSource, Pretrained, PretrainedEncoder};
+use peft_train::task_of_adapter;
 use serde::{Deserialize, Serialize};
 
 use crate::packing::PackingArgs;
@@ -49,13 +52,48 @@ impl From<FrozenType> for Precision {
     }
 }
 
+/// A model of either kind.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a process")]
+pub enum Loaded {
+    /// A language model.
+    Decoder(Pretrained),
+    /// An encoder, with the head of its adapter if there is one.
+    Encoder(PretrainedEncoder),
+}
+
 impl ModelArgs {
     /// Loads the model, with the adapter attached if there is one.
     ///
     /// # Errors
-    /// When either cannot be read, or they do not fit each other.
-    pub fn load(&self, device: &Device) -> Result<Pretrained> {
-        let mut pretrained = load(&self.model, &self.packing.packing()?, self.precision.into(), device)?;
+    /// When either cannot be read, or they do not fit each other; and for an encoder with a head that nobody has trained.
+    pub fn load(&self, device: &Device) -> Result<Loaded> {
+        let files = open(&self.model)?;
+        let (packing, precision) = (self.packing.packing()?, self.precision.into());
+        Ok(match files.architecture()? {
+            Architecture::Decoder(_) => {
+                Loaded::Decoder(self.adapted(Pretrained::from_files(files, &packing, precision, device)?)?)
+            }
+            Architecture::Encoder(_) => {
+                let adapter = self.adapter.as_deref();
+                let mut encoder = load_encoder(files, adapter, packing, precision, device)?;
+                if let Some(dir) = adapter {
+                    encoder.model = methods::of_adapter(dir)?.load(encoder.model, dir)?;
+                }
+                Loaded::Encoder(encoder)
+            }
+        })
+    }
+
+    /// Loads a language model; what is no language model is refused.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_decoder(&self, device: &Device) -> Result<Pretrained> {
+        self.adapted(load(&self.model, &self.packing.packing()?, self.precision.into(), device)?)
+    }
+
+    fn adapted(&self, mut pretrained: Pretrained) -> Result<Pretrained> {
         if let Some(adapter) = &self.adapter {
             pretrained.model = methods::of_adapter(adapter)?.load(for_adapter(pretrained.model, adapter)?, adapter)?;
         }
@@ -63,13 +101,59 @@ impl ModelArgs {
     }
 }
 
-/// Loads a model by the name that the user gave.
+/// Reads everything but the weights of a model by the name that the user gave.
+///
+/// # Errors
+/// When there is no such model or it cannot be read.
+pub fn open(name: &str) -> Result<ModelFiles> {
+    Ok(name.parse::<ModelSource>()?.open()?)
+}
+
+/// Loads a language model by the name that the user gave.
 ///
 /// # Errors
 /// When there is no such model or it cannot be read.
 pub fn load(name: &str, packing: &Packing, precision: Precision, device: &Device) -> Result<Pretrained> {
-    let source: ModelSource = name.parse()?;
-    Ok(Pretrained::load_with(&source, packing, precision, device)?)
+    Ok(Pretrained::from_files(open(name)?, packing, precision, device)?)
+}
+
+/// Loads an encoder for the task of the adapter in `adapter`, which is not attached yet, or for its own.
+///
+/// # Errors
+/// When something cannot be read, or the head is neither in the model's files nor in the adapter's.
+pub fn load_encoder(
+    files: ModelFiles,
+    adapter: Option<&Path>,
+    packing: Packing,
+    precision: Precision,
+    device: &Device,
+) -> Result<PretrainedEncoder> {
+    let Architecture::Encoder(config) = files.architecture()? else {
+        let what = format!("{}: a language model, where an encoder is needed", files.name);
+        return Err(Error::usage(what, "bert, roberta, distilbert, vit and dinov2 are encoders"));
+    };
+    let task = adapter.map(|dir| task_of_adapter(dir, &config)).transpose()?;
+    let options = EncoderOptions { task, packing, precision, seed: 0 };
+    let mut pretrained = PretrainedEncoder::from_files(files, &options, device)?;
+    let trained = adapter.map_or(Ok(Vec::new()), adapted_keys)?;
+    let head = pretrained.model.config().head_modules();
+    let is_head = |name: &&String| head.iter().any(|module| is_inside(name, module));
+    if let Some(name) = pretrained.unmatched.fresh.iter().filter(is_head).find(|name| !trained.contains(name)) {
+        let what = format!("{}: {name} is not there: the head of this model is not trained", pretrained.files.name);
+        return Err(Error::refused(what, "train it: peft train --model … --data …; or name its --adapter"));
+    }
+    pretrained.model = named_for(pretrained.model, &trained);
+    Ok(pretrained)
+}
+
+/// `model` under the names that an adapter with these keys has for its layers: those of `transformers` 5, or of 4.
+fn named_for(model: Encoder, keys: &[String]) -> Encoder {
+    let fitting = |model: &Encoder| {
+        let sites = scan(model).sites;
+        keys.iter().filter(|key| sites.iter().any(|site| is_inside(key, &site.path))).count()
+    };
+    let old = model.clone().renamed(Naming::Files);
+    if fitting(&old) > fitting(&model) { old } else { model }
 }
 
 /// Refuses a folder that is one of `sources`, or holds a model and must not be overwritten.

@@ -86,22 +86,11 @@ pub fn bytes(count: u64) -> String {
     format!("{value:.2} GiB")
 }
 
-/// What one evaluation found.
-pub fn evaluation(e: &Evaluation) -> String {
-    format!("loss {:.4}, perplexity {:.2}, token accuracy {:.1} %", e.loss, e.perplexity, 100.0 * e.token_accuracy)
-}
-
 /// What training changed.
 pub fn before_after(before: &Evaluation, after: &Evaluation) -> String {
-    format!(
-        "loss {:.4} -> {:.4}, perplexity {:.2} -> {:.2}, token accuracy {:.1} % -> {:.1} %",
-        before.loss,
-        after.loss,
-        before.perplexity,
-        after.perplexity,
-        100.0 * before.token_accuracy,
-        100.0 * after.token_accuracy
-    )
+    let changes = before.readable().zip(after.readable());
+    let changes = changes.map(|((name, before), (_, after))| format!("{name} {before} -> {after}"));
+    changes.collect::<Vec<_>>().join(", ")
 }
 
 /// Columns of equal width, two blanks apart.

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args as _, Command};
+use clap::{ArgMatches, Args as _, Command, ValueEnum};
 use peft_core::files::write_atomically;
 use peft_core::{Bias, OneOrMany};
 use peft_lora::InitWeights;
+use peft_train::data::TaskKind;
 use peft_train::{Schedule, TrainConfig};
 use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
@@ -23,9 +24,12 @@ pub struct Settings {
     /// Hugging Face directory, .gguf file, hub id (owner/name), or `tiny`, the model inside this program
     #[arg(long)]
     pub model: Option<String>,
-    /// .json, .jsonl or .txt; rows of {"text"}, {"prompt","completion"}, {"instruction","input","output"} or {"messages":[…]}
+    /// What to learn from; its formats are below
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    /// What an encoder does with the rows, where their labels leave that open
+    #[arg(long, value_parser = named::<TaskKind>(&["classify", "regress", "tokens"]))]
+    pub task: Option<TaskKind>,
     /// Where the adapter, checkpoints, metrics.jsonl, loss.svg and train.toml go
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -70,11 +74,18 @@ pub struct Settings {
     #[arg(long, help_heading = "Method", value_name = "NAME=X")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
+    /// Width of the model over width of a bottleneck [default: 16]
+    #[arg(long, help_heading = "Method", value_name = "X")]
+    pub reduction_factor: Option<f64>,
 
     /// Modules to adapt, by the end of their names: `q_proj,v_proj`; or all-linear for every linear layer but the head
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub targets: Vec<String>,
+    /// ia3: of these, the modules whose input is scaled in place of their output: `down_proj`
+    #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub feedforward: Vec<String>,
     /// Modules to adapt, by a regular expression that matches the whole name
     #[arg(long, help_heading = "Targets", value_name = "REGEX")]
     pub target_regex: Option<String>,
@@ -120,6 +131,9 @@ pub struct Settings {
     /// Passes over the data
     #[arg(long, default_value_t = 3.0, help_heading = "Training", value_name = "N")]
     pub epochs: f64,
+    /// Part of a label's weight that goes to all labels alike; for encoders
+    #[arg(long, default_value_t = 0.0, help_heading = "Training", value_name = "X")]
+    pub label_smoothing: f64,
     /// Optimizer steps, instead of epochs
     #[arg(long, help_heading = "Training", value_name = "N")]
     pub steps: Option<usize>,
@@ -159,17 +173,24 @@ pub struct Settings {
 }
 
 /// Initial values of an adapter by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Init {
     /// As Hugging Face PEFT: the adapter starts as the identity
     Kaiming,
-    /// The same with a normal distribution
+    /// The same with a normal distribution; ssf: as the paper, near the identity
     Gaussian,
     /// What packing the base loses, as far as the rank goes; with --quantize
     Loftq,
     /// No identity: for tests
     Random,
+}
+
+impl Init {
+    /// What `--init` takes.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
 }
 
 impl From<Init> for InitWeights {
@@ -252,7 +273,7 @@ impl Settings {
     /// # Errors
     /// When neither the command line nor a file names one.
     pub fn data(&self) -> Result<&Path> {
-        self.data.as_deref().ok_or_else(|| missing("data", "a .json, .jsonl or .txt file"))
+        self.data.as_deref().ok_or_else(|| missing("data", "a file of rows, such as .jsonl or .csv"))
     }
 
     /// `--out`.

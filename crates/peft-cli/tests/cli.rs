@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod labels;
 mod packing;
+mod scaling;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -214,7 +216,7 @@ fn resuming_is_bit_identical() {
         "{message}"
     );
     let (code, message) = refused(&strs(&shop.train("broken", &[])));
-    assert!(code == 2 && message.contains("there is an adapter or a checkpoint already"), "{message}");
+    assert!(code == 2 && message.contains("there is an adapter, a model or a checkpoint already"), "{message}");
     run("broken", &["--steps", "2", "--overwrite"]);
     assert!(!Path::new(&shop.path("broken/checkpoint-6")).exists());
 }
@@ -345,7 +347,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
     let (plain, embedding) = (testdata("lora/llama/plain"), testdata("lora/smollm2/embedding"));
     let (other, broken) = (shop.path("other"), shop.path("broken"));
     fs::create_dir(&other).unwrap();
-    fs::write(shop.path("other/adapter_config.json"), r#"{"peft_type": "IA3"}"#).unwrap();
+    fs::write(shop.path("other/adapter_config.json"), r#"{"peft_type": "OFT"}"#).unwrap();
     fs::create_dir(&broken).unwrap();
     fs::copy(format!("{plain}/adapter_config.json"), shop.path("broken/adapter_config.json")).unwrap();
     let bytes = fs::read(format!("{plain}/adapter_model.safetensors")).unwrap();
@@ -388,7 +390,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         (
             with(&["logits", "--model", &llama, "--adapter", &other, "--tokens", "1"]),
             1,
-            &["expected a method that is known (LORA), found IA3"],
+            &["expected a method that is known (LORA, ", "), found OFT"],
         ),
         (
             with(&["logits", "--model", &llama, "--adapter", &broken, "--tokens", "1"]),
@@ -467,7 +469,9 @@ fn what_is_not_compiled_in_says_how_to_get_it() {
 #[test]
 fn lists_and_help() {
     let methods = json_of(&["methods", "--json"]);
-    assert_eq!(methods["methods"][0]["peft_type"], "LORA");
+    let types = methods["methods"].as_array().unwrap().iter().map(|method| method["peft_type"].as_str().unwrap());
+    let types: Vec<_> = types.collect();
+    assert!(["LORA", "IA3", "SSF", "LN_TUNING", "BEFT"].iter().all(|known| types.contains(known)), "{types:?}");
     for command in ["quickstart", "train", "eval", "generate", "merge", "inspect", "logits"] {
         let help = String::from_utf8(peft(&[command, "--help"]).stdout).unwrap();
         assert!(help.contains("Example") && help.contains(&format!("peft {command}")), "{command}");

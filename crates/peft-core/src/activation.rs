@@ -1,26 +1,42 @@
 //! The activation seam: an adapted layer computed on its input, without ever building the adapted weight.
 
-use std::any::TypeId;
+use std::any::{Any, TypeId};
 use std::sync::RwLock;
 
 use burn::module::Param;
-use burn::nn::{Embedding, Linear};
+use burn::nn::conv::Conv2d;
+use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{Method, Quantized};
+use crate::{End, Method, Quantized};
 
-/// The activation form of an adapter.
+/// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
 /// Inputs are folded to matrices: `rows` is the product of all leading dimensions.
 pub trait Activation {
-    /// The adapted layer on `x` `[rows, d_in]`, giving `[rows, d_out]`. `base` computes the layer without its adapter.
-    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2>;
+    /// The adapted layer on `x` `[rows, d_in]`, giving `[rows, d_out]`. `base` computes the layer without its adapter. `None` when there is only the
+    /// weight form, and [`shift`](Self::shift).
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
+        let _ = (x, base);
+        None
+    }
 
-    /// The adapted lookup of `ids` `[rows]`, giving `[rows, d_model]`; `None` when the adapter has only its weight form for embeddings.
+    /// The adapted lookup of `ids` `[rows]`, giving `[rows, d_model]`; `None` when there is only the weight form.
     fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {
         let _ = (ids, base);
         None
+    }
+
+    /// What the adapted layer adds to its output besides its bias `[d_out]`; merging adds it to that bias. `None` when that is nothing.
+    fn shift(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
+        let _ = bias;
+        None
+    }
+
+    /// The adapted end of a sub-layer.
+    fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
+        end.close()
     }
 }
 
@@ -44,6 +60,13 @@ impl<'a> Base<'a> {
             None => product(x, self.weight.base()),
         };
         self.biased(y)
+    }
+
+    /// The same with the adapted weight.
+    fn with_weight(&self, x: Tensor<2>) -> Tensor<2> {
+        let (weight, dtype) = (self.weight.val(), x.dtype());
+        let bias = self.bias.map(|bias| bias.val().cast(weight.dtype()));
+        burn::tensor::module::linear(x.cast(weight.dtype()), weight, bias).cast(dtype)
     }
 
     fn biased(&self, y: Tensor<2>) -> Tensor<2> {
@@ -89,10 +112,7 @@ impl<'a> Base<'a> {
 
     /// The adapter's activation form: `Some(None)` for an adapter that has none.
     fn adapter(&self) -> Option<Option<&'a dyn Activation>> {
-        let carrier = self.quantized().map_or(self.weight, Quantized::carrier);
-        // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
-        let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        lookups.iter().find_map(|(_, lookup)| lookup(carrier))
+        adapter(self.quantized().map_or(self.weight, Quantized::carrier))
     }
 
     fn quantized(&self) -> Option<&'a Quantized> {
@@ -122,23 +142,66 @@ pub fn linear_with<const D: usize>(
     x: Tensor<D>,
 ) -> Tensor<D> {
     let base = Base { weight, bias, dtype: x.dtype() };
-    let forward: &dyn Fn(Tensor<2>) -> Tensor<2> = match (base.adapter(), base.quantized()) {
-        (Some(Some(adapter)), _) => &|x| adapter.linear(x, &base),
-        (None, Some(_)) => &|x| base.linear(x),
-        (None, None) if weight.base().dtype() != x.dtype() => &|x| base.linear(x),
-        // A plain weight, or an adapter that has its weight form only.
-        _ => {
-            let (weight, dtype) = (weight.val(), x.dtype());
-            let bias = bias.map(|bias| bias.val().cast(weight.dtype()));
-            return burn::tensor::module::linear(x.cast(weight.dtype()), weight, bias).cast(dtype);
-        }
-    };
+    let adapter = base.adapter().flatten();
     let mut dims = x.dims();
     let d_in = dims[D - 1];
-    let rows = dims.iter().product::<usize>() / d_in.max(1);
-    let y = forward(x.reshape([rows, d_in])); // [rows, d_out]
+    let x = x.reshape([dims.iter().product::<usize>() / d_in.max(1), d_in]);
+    let y = match adapter.and_then(|adapter| adapter.linear(x.clone(), &base)) {
+        Some(y) => y,
+        None if base.adapter().is_none() && (base.quantized().is_some() || weight.base().dtype() != x.dtype()) => {
+            base.linear(x)
+        }
+        // A plain weight, or an adapter that has its weight form only.
+        None => shifted(base.with_weight(x), adapter, bias),
+    }; // [rows, d_out]
     dims[D - 1] = y.dims()[1];
     y.reshape(dims)
+}
+
+/// The output `[..., d_out]` of a layer with an adapted weight, and what the adapter adds besides.
+fn shifted<const D: usize>(
+    y: Tensor<D>,
+    adapter: Option<&dyn Activation>,
+    bias: Option<&Param<Tensor<1>>>,
+) -> Tensor<D> {
+    let bias = bias.map(Param::val);
+    match adapter.and_then(|adapter| adapter.shift(bias.as_ref())) {
+        Some(shift) => {
+            let dtype = y.dtype();
+            y + shift.cast(dtype).unsqueeze()
+        }
+        None => y,
+    }
+}
+
+/// `LayerNorm` through the activation seam. Burn's layer does not tell its `epsilon`.
+///
+/// # Shapes
+/// `[..., width]` to the same
+pub fn layer_norm<const D: usize>(layer: &LayerNorm, x: Tensor<D>, epsilon: f64) -> Tensor<D> {
+    let beta = layer.beta.as_ref().map(Param::val);
+    shifted(
+        peft_kernels::layer_norm(x, layer.gamma.val(), beta, epsilon),
+        adapter(&layer.gamma).flatten(),
+        layer.beta.as_ref(),
+    )
+}
+
+/// `RMSNorm` through the activation seam.
+///
+/// # Shapes
+/// `[..., width]` to the same
+pub fn rms_norm<const D: usize>(layer: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
+    shifted(peft_kernels::rms_norm(x, layer.gamma.val(), layer.epsilon), adapter(&layer.gamma).flatten(), None)
+}
+
+/// A convolution through the activation seam.
+///
+/// # Shapes
+/// `[batch, channels_in, height, width]` to `[batch, channels_out, height, width]`
+pub fn conv2d(layer: &Conv2d, x: Tensor<4>) -> Tensor<4> {
+    let y = layer.forward(x).permute([0, 2, 3, 1]); // [batch, height, width, channels_out]
+    shifted(y, adapter(&layer.weight).flatten(), layer.bias.as_ref()).permute([0, 3, 1, 2])
 }
 
 /// `x·W` in the type of `x`: a frozen weight of another type goes through [`peft_kernels::mixed_linear`], one that is trained is multiplied in its own.
@@ -192,19 +255,31 @@ pub fn embedding_as(layer: &Embedding, ids: Tensor<2, Int>, dtype: DType) -> Ten
     }
 }
 
-type Lookup = for<'a> fn(&'a Param<Tensor<2>>) -> Option<Option<&'a dyn Activation>>;
+type Lookup = for<'a> fn(&'a dyn Any) -> Option<Option<&'a dyn Activation>>;
 
 /// One lookup per method that was attached in this process. A parameter hands out its adapter only to who names its type, and the set
 /// of types is open, so attaching leaves the one function here that knows the type.
 static LOOKUPS: RwLock<Vec<(TypeId, Lookup)>> = RwLock::new(Vec::new());
 
 pub(crate) fn register<M: Method>() {
-    fn lookup<M: Method>(weight: &Param<Tensor<2>>) -> Option<Option<&dyn Activation>> {
-        weight.reparameterization::<M::Adapter>().map(M::activation)
+    fn of_rank<M: Method, const D: usize>(param: &dyn Any) -> Option<&M::Adapter> {
+        param.downcast_ref::<Param<Tensor<D>>>()?.reparameterization()
+    }
+    // The ranks of what adapters sit in.
+    fn lookup<M: Method>(param: &dyn Any) -> Option<Option<&dyn Activation>> {
+        let adapter = of_rank::<M, 2>(param).or_else(|| of_rank::<M, 1>(param)).or_else(|| of_rank::<M, 4>(param));
+        adapter.map(M::activation)
     }
     let mut lookups = LOOKUPS.write().unwrap_or_else(std::sync::PoisonError::into_inner);
     let id = TypeId::of::<M>();
     if lookups.iter().all(|(known, _)| *known != id) {
         lookups.push((id, lookup::<M>));
     }
+}
+
+/// The activation form of the adapter in a parameter: `Some(None)` for an adapter that has none.
+pub(crate) fn adapter<const D: usize>(param: &Param<Tensor<D>>) -> Option<Option<&dyn Activation>> {
+    // The lock guards a list that is only ever appended to, so a poisoned one is still whole.
+    let lookups = LOOKUPS.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    lookups.iter().find_map(|(_, lookup)| lookup(param))
 }

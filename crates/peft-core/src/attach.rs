@@ -56,7 +56,7 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
     let mut sites = Vec::new();
     for (path, container) in &found.modules {
         let site = by_path.get(path.as_str()).copied();
-        if !matcher.matches(path, site.map(|s| s.kind)) {
+        if !matcher.matches(path, site.map(|s| s.kind)) || method.leaves_out(path) {
             continue;
         }
         match site {
@@ -73,7 +73,10 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
             }),
         }
     }
-    if sites.is_empty() && problems.is_empty() {
+    let placeless = !found.sites.iter().any(|site| method.kinds().contains(&site.kind));
+    if placeless && problems.is_empty() {
+        problems.push(Problem::NoPlace { expected: format!("{:?}", method.kinds()) });
+    } else if sites.is_empty() && problems.is_empty() {
         let targets = method.targets().to_string();
         let near = nearest(found.sites.iter().map(|site| site.path.as_str()), &targets);
         problems.push(Problem::NoMatch { targets, near });

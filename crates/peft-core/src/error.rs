@@ -109,6 +109,15 @@ pub enum Problem {
         /// Names that exist, nearest first.
         near: Vec<String>,
     },
+    /// The model has no layer of a kind that the method knows.
+    #[error(
+        "the model has no layer of the kinds {expected}; where it is a SubLayer, give the model's blocks a field of type `peft_core::SubLayer` and \
+         call its `end`"
+    )]
+    NoPlace {
+        /// Kinds that would do.
+        expected: String,
+    },
     /// A parameter carries an adapter already.
     #[error("{path} is adapted already; attach to the clone made before, or merge first")]
     AlreadyAdapted {

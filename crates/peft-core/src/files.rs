@@ -1,9 +1,13 @@
-//! Adapter files in Hugging Face PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+//! Adapter files in Hugging Face PEFT's layout, `adapter_config.json` and `adapter_model.safetensors`, both ways; and in AdapterHub's. Which one a folder has is
+//! recognised.
 //!
 //! Saving what was loaded gives the same bytes. Files are written next to their place and then renamed, so a full disk leaves the
 //! earlier adapter whole.
 
-use std::collections::{BTreeMap, HashMap};
+mod hub;
+mod torch;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::path::Path;
 
@@ -17,6 +21,9 @@ use crate::{
     Error, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach, base_fingerprint,
     hf_name, map_params, scan, visit_params,
 };
+
+pub use self::hub::{HUB_TENSOR_FILE, HubFolder, layers_config};
+pub use self::torch::read_torch;
 
 /// The configuration's file name.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -71,12 +78,12 @@ pub struct Strictness {
 /// The `peft_type` of the adapter in `dir`, so that an application can choose among the methods it knows.
 ///
 /// # Errors
-/// When there is no readable `adapter_config.json` with a `peft_type`.
+/// When there is no readable `adapter_config.json` with a `peft_type`, or of AdapterHub.
 pub fn peft_type(dir: &Path) -> Result<String> {
     let path = dir.join(CONFIG_FILE);
     let json = read_config(&path)?;
-    let found = json.get("peft_type").and_then(Value::as_str).map(str::to_owned);
-    found.ok_or_else(|| Error::format(path, "no `peft_type`; is this a PEFT adapter?"))
+    let found = json.get("peft_type").and_then(Value::as_str).or_else(|| hub::hub_type(&json));
+    found.map(str::to_owned).ok_or_else(|| Error::format(path, "no `peft_type`; is this an adapter?"))
 }
 
 /// Writes the adapter of `module`: exactly the adapter's tensors, and the base parameters that were trained with it.
@@ -151,16 +158,20 @@ impl<M: Method> AdapterFile<M> {
         if problems.is_empty() { Ok(module) } else { Err(Error::Tensors { path: path.to_owned(), problems }) }
     }
 
-    /// Reads a folder in PEFT's layout.
+    /// Reads a folder, in PEFT's layout or AdapterHub's.
     ///
     /// # Errors
     /// When a file is missing, malformed, of another method, or asks for something that is not built.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG_FILE);
         let json = read_config(&path)?;
-        let found = json.get("peft_type").and_then(Value::as_str).unwrap_or("no peft_type");
+        let hub = hub::hub_type(&json).filter(|_| !json.contains_key("peft_type"));
+        let found = json.get("peft_type").and_then(Value::as_str).or(hub).unwrap_or("no peft_type");
         if found != M::PEFT_TYPE {
             return Err(Error::Method { path, expected: M::PEFT_TYPE.to_owned(), found: found.to_owned() });
+        }
+        if hub.is_some() {
+            return Self::read_hub(dir);
         }
         M::check_file(&json)?;
         let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
@@ -354,7 +365,7 @@ pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 /// Which file key belongs to which parameter.
 struct Keys<M> {
     matcher: Matcher,
-    adapted: Vec<String>,
+    adapted: BTreeSet<String>,
     method: std::marker::PhantomData<M>,
 }
 
@@ -367,18 +378,20 @@ struct Key {
 
 impl<M: Method> Keys<M> {
     fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
-        let adapted = scan(module).adapted.iter().map(|p| p.strip_suffix(".weight").unwrap_or(p).to_owned()).collect();
-        Ok(Self { matcher: method.targets().matcher()?, adapted, method: std::marker::PhantomData })
+        Ok(Self {
+            matcher: method.targets().matcher()?,
+            adapted: scan(module).adapted,
+            method: std::marker::PhantomData,
+        })
     }
 
     /// The key of the parameter at this place; `Err` when the method forgot to list one of its fields.
     fn key(&self, at: &PathStack, rank: usize) -> std::result::Result<Key, Problem> {
         let location = at.locate();
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
-        let listed = location.kind.map(M::tensors).unwrap_or_default().iter().find(|t| t.field == field);
-        match listed {
-            Some(t) => {
-                Ok(Key { name: format!("{}.{}", location.module, t.key), transposed: t.transposed, required: true })
+        match location.kind.and_then(|kind| M::key(kind, field)) {
+            Some((key, transposed)) => {
+                Ok(Key { name: format!("{}.{key}", location.module), transposed, required: true })
             }
             None => Err(Problem::Other {
                 path: at.path(),

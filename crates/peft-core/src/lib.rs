@@ -4,7 +4,7 @@
 //! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
 //! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
-//! - [`linear`] and [`embedding`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
+//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
 //!
@@ -22,10 +22,14 @@ mod named;
 mod quantized;
 mod report;
 mod site;
+mod sub_layer;
 mod targets;
 mod walk;
 
-pub use activation::{Activation, Base, cross_entropy, embedding, embedding_as, linear, linear_with, product};
+pub use activation::{
+    Activation, Base, conv2d, cross_entropy, embedding, embedding_as, layer_norm, linear, linear_with, product,
+    rms_norm,
+};
 pub use attach::{Peft, attach};
 pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
@@ -39,5 +43,6 @@ pub use peft_kernels as kernels;
 pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, rng_of, scan};
+pub use sub_layer::{End, Norm, SubLayer};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};
 pub use walk::{ParamMapper, ParamVisitor, map_params, visit_params};

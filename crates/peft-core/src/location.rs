@@ -2,8 +2,8 @@
 
 use burn::module::Reparameterization as _;
 
-use crate::Quantized;
 use crate::named::NAMED;
+use crate::{Quantized, SubLayer};
 
 /// What the layer around a parameter is, as far as adapters care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -14,6 +14,14 @@ pub enum LayerKind {
     Conv1D,
     /// `nn::Embedding`: weight `[n_embedding, d_model]` in both.
     Embedding,
+    /// `nn::LayerNorm`: scale `[width]`, and a shift.
+    LayerNorm,
+    /// `nn::RmsNorm`: scale `[width]`.
+    RmsNorm,
+    /// `nn::conv::Conv2d`: weight `[channels_out, channels_in, height, width]` in both.
+    Conv2d,
+    /// [`SubLayer`](crate::SubLayer): no weight at all, but the place where a sub-layer of a block ends.
+    SubLayer,
 }
 
 impl LayerKind {
@@ -22,6 +30,22 @@ impl LayerKind {
             "Struct:Linear" => Some(Self::Linear),
             "Struct:Conv1D" => Some(Self::Conv1D),
             "Struct:Embedding" => Some(Self::Embedding),
+            "Struct:LayerNorm" => Some(Self::LayerNorm),
+            "Struct:RmsNorm" => Some(Self::RmsNorm),
+            "Struct:Conv2d" => Some(Self::Conv2d),
+            "Struct:SubLayer" => Some(Self::SubLayer),
+            _ => None,
+        }
+    }
+
+    /// What an adapter of such a layer can sit in: input features and output features of a parameter of that name and shape.
+    pub(crate) fn features(self, param: &str, shape: &[usize]) -> Option<(usize, usize)> {
+        match (self, param, shape) {
+            (Self::Linear | Self::Conv1D | Self::Embedding, "weight", [d_in, d_out]) => Some((*d_in, *d_out)),
+            (Self::LayerNorm | Self::RmsNorm, "gamma", [width]) | (Self::SubLayer, SubLayer::PLACE, [width]) => {
+                Some((*width, *width))
+            }
+            (Self::Conv2d, "weight", [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
             _ => None,
         }
     }
@@ -124,6 +148,22 @@ fn join(levels: &[&Level]) -> String {
     names.collect::<Vec<_>>().join(".")
 }
 
+/// What linear layers and convolutions call what they add, and what norms call it.
+const BIAS: &str = "bias";
+const BETA: &str = "beta";
+
+impl Location {
+    /// Whether the parameter is there only for an adapter to sit in.
+    pub(crate) fn is_place(&self) -> bool {
+        self.field.is_none() && self.kind == Some(LayerKind::SubLayer)
+    }
+
+    /// Whether the parameter is what the layer adds to its output.
+    pub(crate) fn is_bias(&self) -> bool {
+        self.field.is_none() && (self.param == BIAS || self.param == BETA)
+    }
+}
+
 /// A parameter's name and orientation in Hugging Face files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HfName {
@@ -139,7 +179,7 @@ pub struct HfName {
 pub fn hf_name(location: &Location, rank: usize) -> HfName {
     let param = match location.param.as_str() {
         "gamma" => "weight",
-        "beta" => "bias",
+        BETA => BIAS,
         other => other,
     };
     let name = if location.module.is_empty() { param.to_owned() } else { format!("{}.{param}", location.module) };

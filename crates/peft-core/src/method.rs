@@ -7,7 +7,8 @@ use burn::module::Reparameterization;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Activation, LayerKind, Result, Site, Targets};
+use crate::files::{HubFolder, Values};
+use crate::{Activation, AdapterFile, LayerKind, Result, Site, Targets};
 
 /// One tensor of an adapter, as Hugging Face's file holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,24 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The adapter's tensors in the file, for a layer of that kind.
     fn tensors(kind: LayerKind) -> &'static [FileTensor];
 
+    /// For an adapter that holds several of another method: the field that they are in, by number, and the tensors of each.
+    fn numbered() -> Option<(&'static str, &'static [FileTensor])> {
+        None
+    }
+
+    /// The file's key of an adapter's field, without the module path, and whether the file holds the transpose; `None` when the method does not list it.
+    fn key(kind: LayerKind, field: &str) -> Option<(String, bool)> {
+        let listed = |tensors: &[FileTensor], field: &str| {
+            tensors.iter().find(|tensor| tensor.field == field).map(|tensor| (tensor.key.to_owned(), tensor.transposed))
+        };
+        listed(Self::tensors(kind), field).or_else(|| {
+            let (several, tensors) = Self::numbered()?;
+            let (number, field) = field.strip_prefix(several)?.strip_prefix('.')?.split_once('.')?;
+            let (key, transposed) = listed(tensors, field)?;
+            Some((format!("{several}.{number}.{key}"), transposed))
+        })
+    }
+
     /// The adapter's activation form, if the method has one.
     fn activation(adapter: &Self::Adapter) -> Option<&dyn Activation> {
         let _ = adapter;
@@ -74,13 +93,34 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         None
     }
 
-    /// What merging adds to the layer's bias, `[d_out]`, given the adapter's tensors by field in row-major order.
+    /// Why an adapter on this layer cannot be merged; `None` when it is part of the weight and the bias.
+    fn unmergeable(&self, site: &Site) -> Option<String> {
+        let _ = site;
+        None
+    }
+
+    /// The method and its tensors, by their keys in PEFT's layout, from a folder in AdapterHub's; `None` for a method that is not read from it.
     ///
     /// # Errors
-    /// When the configuration does not fit this layer.
-    fn bias_delta(&self, site: &Site, fields: &BTreeMap<String, Vec<f32>>) -> Result<Option<Vec<f32>>> {
-        let _ = (site, fields);
+    /// When the folder asks for a part of the method that is not built, or a tensor belongs nowhere.
+    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
+        let _ = folder;
         Ok(None)
+    }
+
+    /// The reverse of [`from_hub`](Self::from_hub), under that name.
+    ///
+    /// # Errors
+    /// When the adapter has no form there.
+    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
+        let _ = (file, name);
+        Ok(None)
+    }
+
+    /// Whether the method leaves out the module at that path, though its targets name it.
+    fn leaves_out(&self, path: &str) -> bool {
+        let _ = path;
+        false
     }
 
     /// Refuses a file that asks for a part of the method that is not built, by its raw JSON.

@@ -1,5 +1,6 @@
 //! What a model offers to adapters, found in one visit.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization as _};
@@ -12,7 +13,7 @@ use crate::location::REPARAMETERIZATION;
 use crate::named::NAMED;
 use crate::{LayerKind, PathStack, Quantized};
 
-/// One layer that an adapter can sit in: its weight, and what a method needs to know of it.
+/// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
 #[derive(Clone, Debug)]
 pub struct Site {
     /// Path of the module, as `transformers` names it: `model.layers.0.self_attn.q_proj`.
@@ -21,13 +22,15 @@ pub struct Site {
     pub kind: LayerKind,
     /// The parameter that an adapter sits in: the weight.
     pub id: ParamId,
-    /// Rows of the weight: input features, or the number of embedding vectors.
+    /// Input features: rows of the weight, or the number of embedding vectors; of a convolution the values that an output value is made of.
     pub d_in: usize,
-    /// Columns of the weight: output features, or the width of an embedding vector.
+    /// Output features: columns of the weight, the width of an embedding vector, or channels.
     pub d_out: usize,
     /// Whether the layer has a bias.
     pub has_bias: bool,
-    /// Whether the model calls [`linear`](crate::linear) or [`embedding`](crate::embedding) on it and says so with [`AdapterAware`].
+    /// The layer's own parameters that are vectors, by name: the `bias` of a linear layer, the `gamma` and `beta` of a norm.
+    pub vectors: BTreeMap<String, Param<Tensor<1>>>,
+    /// Whether the model calls [`linear`](crate::linear), [`embedding`](crate::embedding), or what there is for its kind, and says so with [`AdapterAware`].
     pub aware: bool,
     /// Type of the weight, and of what it is unpacked to.
     pub dtype: DType,
@@ -63,8 +66,39 @@ impl Site {
 
     /// Values from `N(0, std²)`.
     pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        self.normal_around(0.0, shape, std, rng)
+    }
+
+    /// Values from `N(mean, std²)`.
+    pub fn normal_around<const D: usize>(
+        &self,
+        mean: f32,
+        shape: [usize; D],
+        std: f32,
+        rng: &mut impl Rng,
+    ) -> Param<Tensor<D>> {
         use rand::RngExt;
-        self.param(shape, || std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+        self.param(shape, || mean + std * rng.sample::<f32, _>(rand_distr::StandardNormal))
+    }
+
+    /// A trainable copy of one of the layer's [`vectors`](Self::vectors), for a method that starts from what the base holds.
+    pub fn copy(&self, vector: &str) -> Option<Param<Tensor<1>>> {
+        let values = self.vectors.get(vector)?.base().detach();
+        Some(Param::from_tensor(values.cast(self.adapter_dtype())))
+    }
+
+    /// Values from `N(0, std²)`, drawn again where they are more than two deviations away.
+    pub fn cut_normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+        use rand::RngExt;
+        const MOST: f32 = 2.0;
+        self.param(shape, || {
+            loop {
+                let value: f32 = rng.sample(rand_distr::StandardNormal);
+                if value.abs() <= MOST {
+                    return std * value;
+                }
+            }
+        })
     }
 
     /// Zeros.
@@ -80,7 +114,7 @@ pub fn rng_of(path: &str, seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed ^ hash)
 }
 
-/// A field of a model's module that says: every linear and embedding layer below me is called through the activation seam.
+/// A field of a model's module that says: every layer below me of a kind that adapters know is called through the activation seam.
 ///
 /// Methods that no weight can express (dropout on the adapter's input, routing, bottlenecks) attach only to such layers.
 ///
@@ -111,7 +145,7 @@ pub struct Scan {
     pub sites: Vec<Site>,
     /// Every module: path and type name, so that a target that is no layer can be named in the error.
     pub modules: BTreeMap<String, String>,
-    /// Paths of parameters that carry an adapter.
+    /// Paths of modules that carry an adapter.
     pub adapted: BTreeSet<String>,
 }
 
@@ -119,14 +153,17 @@ pub struct Scan {
 pub fn scan<M: Module>(module: &M) -> Scan {
     let mut scanner = Scanner::default();
     module.visit(&mut scanner);
-    let Scanner { mut scan, aware, biased, .. } = scanner;
+    let Scanner { mut scan, aware, biased, mut vectors, .. } = scanner;
     for site in &mut scan.sites {
         site.has_bias = biased.contains(&site.path);
-        site.aware = aware.iter().any(|prefix| {
-            prefix.is_empty()
-                || site.path == *prefix
-                || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
-        });
+        site.vectors = vectors.remove(&site.path).unwrap_or_default();
+        // A place is there for adapters alone.
+        site.aware = site.kind == LayerKind::SubLayer
+            || aware.iter().any(|prefix| {
+                prefix.is_empty()
+                    || site.path == *prefix
+                    || site.path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+            });
     }
     scan
 }
@@ -137,6 +174,8 @@ struct Scanner {
     scan: Scan,
     aware: BTreeSet<String>,
     biased: BTreeSet<String>,
+    /// By module and name.
+    vectors: BTreeMap<String, BTreeMap<String, Param<Tensor<1>>>>,
 }
 
 impl ModuleVisitor for Scanner {
@@ -146,7 +185,7 @@ impl ModuleVisitor for Scanner {
                 self.aware.insert(self.stack.parent());
             }
             REPARAMETERIZATION if name != Quantized::NAME => {
-                self.scan.adapted.insert(self.stack.path());
+                self.scan.adapted.insert(self.stack.parent());
             }
             // The path so far has the field's name, which is about to be replaced.
             NAMED => {}
@@ -179,18 +218,24 @@ impl ModuleVisitor for Scanner {
             }
             return;
         }
-        if location.param == "bias" {
+        // Cloning makes no lazy value.
+        if let Some(vector) = (param as &dyn Any).downcast_ref::<Param<Tensor<1>>>() {
+            self.vectors.entry(location.module.clone()).or_default().insert(location.param.clone(), vector.clone());
+        }
+        if location.is_bias() {
             self.biased.insert(location.module);
-        } else if let (Some(kind), "weight", [d_in, d_out]) =
-            (location.kind, location.param.as_str(), &param.lazy_shape()[..])
-        {
+            return;
+        }
+        let Some(kind) = location.kind else { return };
+        if let Some((d_in, d_out)) = kind.features(&location.param, &param.lazy_shape()) {
             self.scan.sites.push(Site {
                 path: location.module,
                 kind,
                 id: param.id,
-                d_in: *d_in,
-                d_out: *d_out,
+                d_in,
+                d_out,
                 has_bias: false,
+                vectors: BTreeMap::new(),
                 aware: false,
                 packed: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },

@@ -18,6 +18,20 @@ pub enum Names {
     List(Vec<String>),
 }
 
+impl Names {
+    /// Whether the name of a module ends in an entry of the list, with or without a dot before it, or the regular expression matches it whole: PEFT's
+    /// rule for modules that a method treats in another way than the rest. `field` is for messages.
+    ///
+    /// # Errors
+    /// When the regular expression does not compile.
+    pub fn name(&self, field: &str, key: &str) -> Result<bool> {
+        Ok(match self {
+            Self::Pattern(p) => is_match(&whole(field, p)?, key),
+            Self::List(list) => list.iter().any(|name| key.ends_with(name.as_str())),
+        })
+    }
+}
+
 /// One value or several, as Hugging Face's files hold both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected one value or a list of them")]
@@ -197,7 +211,7 @@ impl NameRule {
     fn new(field: &'static str, names: &Names) -> Result<Self> {
         Ok(match names {
             Names::Pattern(p) if field == "target_modules" && p.eq_ignore_ascii_case("all-linear") => Self::AllLinear,
-            Names::Pattern(p) => Self::Pattern(regex(field, &format!(r"\A(?:{p})\z"))?),
+            Names::Pattern(p) => Self::Pattern(whole(field, p)?),
             Names::List(list) => Self::List(list.clone()),
         })
     }
@@ -282,6 +296,11 @@ pub fn pattern_value<'a, T>(field: &str, patterns: &'a IndexMap<String, T>, key:
 
 fn ends_with_segment(key: &str, name: &str) -> bool {
     key.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+}
+
+/// The pattern that matches a whole name.
+fn whole(field: &str, pattern: &str) -> Result<Regex> {
+    regex(field, &format!(r"\A(?:{pattern})\z"))
 }
 
 fn regex(field: &str, pattern: &str) -> Result<Regex> {

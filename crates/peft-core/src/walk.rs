@@ -1,6 +1,6 @@
 //! Traversals that know where they are: Burn's visitor and mapper, with the path stack kept for them.
 //!
-//! A packed weight is no float parameter: what stands in its place and what it is made of are not shown.
+//! A packed weight is no float parameter: what stands in its place and what it is made of are not shown. Nor is what stands in the place of a sub-layer.
 
 use std::collections::HashSet;
 
@@ -50,9 +50,9 @@ impl<'a, T> Walk<'a, T> {
         Self { stack: PathStack::default(), placeholders: placeholders(module), inner }
     }
 
-    /// Whether the parameter is there for a packed weight only.
+    /// Whether the parameter is there for a packed weight or an adapter only.
     fn hides(&self, id: ParamId) -> bool {
-        self.stack.in_packing() || self.placeholders.contains(&id)
+        self.stack.in_packing() || self.placeholders.contains(&id) || self.stack.locate().is_place()
     }
 }
 

@@ -4,6 +4,8 @@
 //! - gradient: `p` again from `L`; `dv = pᵀ·do`, `dz = p·(do·vᵀ − Σ do·o)`, `dq = s·dz·k`, `dk = s·dzᵀ·q`
 //! - source: Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4; Ainslie et al. 2023, arXiv:2305.13245 (grouped heads)
 
+#[cfg(feature = "cube")]
+mod cube;
 mod plain;
 
 #[cfg(feature = "host")]
@@ -12,8 +14,12 @@ mod native;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops};
+#[cfg(feature = "cube")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, Dispatch, ExtensionType, backend_extension};
+#[cfg(feature = "cube")]
+use burn::tensor::DType;
 use burn::tensor::{Int, Tensor};
 
 use crate::backends::on_backends;
@@ -52,7 +58,7 @@ pub enum Segments<B: Backend> {
 )]
 pub trait AttentionOps: Backend {
     /// `o` `[batch, seq, heads, head_dim]` and `L` `[batch, kv_heads, group · seq]`, whose rows each backend orders as it likes.
-    #[fusion(default)]
+    #[fusion(meta = |q, k, _v, _segments, _sight, _scale| (q.clone(), log_sums_of(q, k)))]
     fn attend(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -65,7 +71,7 @@ pub trait AttentionOps: Backend {
     }
 
     /// `dq`, `dk`, `dv`
-    #[fusion(default)]
+    #[fusion(meta = |_grad, q, k, v, _o, _log_sums, _segments, _sight, _scale| (q.clone(), k.clone(), v.clone()))]
     #[allow(clippy::too_many_arguments, reason = "what a gradient of attention is made of")]
     fn attend_backward(
         grad: FloatTensor<Self>,
@@ -80,6 +86,14 @@ pub trait AttentionOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         plain::attend_backward::<Self>(grad, q, k, v, o, log_sums, segments, sight, scale)
     }
+}
+
+/// What is known of `L` before it is computed.
+#[cfg(feature = "cube")]
+fn log_sums_of(q: &TensorSpec, k: &TensorSpec) -> TensorSpec {
+    let ([batch, seq, heads], kv_heads) = ([q.shape[0], q.shape[1], q.shape[2]], k.shape[2]);
+    let dtype = if q.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    TensorSpec::new([batch, kv_heads, heads / kv_heads * seq].into(), dtype)
 }
 
 /// `softmax(s·q·kᵀ)·v` over the keys in sight; query heads `g·i .. g·(i + 1)` share key and value head `i`, with `g = heads / kv_heads`.
@@ -175,7 +189,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
     }
 }
 
-on_backends!(AttentionOps {
+on_backends!(AttentionOps with kernels {
     fn attend(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,

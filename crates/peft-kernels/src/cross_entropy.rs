@@ -7,11 +7,16 @@
 //!
 //! The gradient of each row is made with its loss, so that logits exist for the tokens of a chunk only, and are computed once.
 
+#[cfg(feature = "cube")]
+mod cube;
+
 use std::ops::Range;
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops};
+#[cfg(feature = "cube")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, AutodiffBackend as _, Backend, Dispatch, TensorMetadata as _, backend_extension};
 use burn::tensor::{Int, Shape, Slice, Tensor};
@@ -40,7 +45,7 @@ const FEWEST_TOKENS: usize = 128;
 )]
 pub trait CrossEntropyOps: Backend {
     /// Losses `[tokens]`, likeliest entries `[tokens]`, and gradients of `x` `[tokens, width]`, which are empty unless `gradient`.
-    #[fusion(default)]
+    #[fusion(meta = |x, _weight, targets, _smoothing, gradient| scores_of(x, targets, *gradient))]
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -52,7 +57,7 @@ pub trait CrossEntropyOps: Backend {
     }
 
     /// The gradient of the weight, `[width, vocab]`, where that of each loss is `grad`; computes the logits again.
-    #[fusion(default)]
+    #[fusion(meta = |_grad, x, weight, _targets, _smoothing| TensorSpec::new(weight.shape.clone(), x.dtype))]
     fn linear_cross_entropy_weight(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -62,6 +67,14 @@ pub trait CrossEntropyOps: Backend {
     ) -> FloatTensor<Self> {
         plain::linear_cross_entropy_weight::<Self>(grad, x, weight, targets, smoothing)
     }
+}
+
+/// What is known of losses, likeliest entries and gradients before they are computed.
+#[cfg(feature = "cube")]
+fn scores_of(x: &TensorSpec, targets: &TensorSpec, gradient: bool) -> (TensorSpec, TensorSpec, TensorSpec) {
+    let [tokens, width] = [x.shape[0], x.shape[1]];
+    let rows = if gradient { tokens } else { 0 };
+    (TensorSpec::new([tokens].into(), x.dtype), targets.clone(), TensorSpec::new([rows, width].into(), x.dtype))
 }
 
 /// What a head says of the tokens that were to come.
@@ -155,7 +168,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>, smoothing: f64)
     Scores { losses: losses.mask_fill(targets.lower_elem(0), 0.0).flatten(0, 1), best }
 }
 
-on_backends!(CrossEntropyOps {
+on_backends!(CrossEntropyOps with kernels {
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -19,6 +19,8 @@ mod adamw;
 mod attention;
 mod backends;
 mod cross_entropy;
+#[cfg(feature = "cube")]
+mod cube;
 mod formula;
 #[cfg(feature = "host")]
 mod host;

@@ -2,6 +2,7 @@
 
 pub mod combine;
 mod factors;
+mod hub;
 mod lora;
 mod plus;
 

@@ -11,8 +11,13 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
-use peft_core::{Activation, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value};
+use peft_core::files::{HubFolder, Values};
+use peft_core::{
+    Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
+};
 use serde::{Deserialize, Serialize};
+
+use crate::hub;
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -245,13 +250,21 @@ impl Method for LoraConfig {
         }
         match kind {
             LayerKind::Embedding => &const { [tensor("a", "lora_embedding_A"), tensor("b", "lora_embedding_B")] },
-            LayerKind::Linear | LayerKind::Conv1D => {
+            _ => {
                 &const {
                     let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
                     [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias]
                 }
             }
         }
+    }
+
+    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
+        hub::read(folder).map(Some)
+    }
+
+    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
+        hub::write(file, name).map(Some)
     }
 
     fn activation(adapter: &LoraAdapter) -> Option<&dyn Activation> {
@@ -266,11 +279,6 @@ impl Method for LoraConfig {
         } else {
             None
         }
-    }
-
-    fn bias_delta(&self, site: &Site, fields: &BTreeMap<String, Vec<f32>>) -> Result<Option<Vec<f32>>> {
-        let scale = self.scale_of(&site.path)? as f32;
-        Ok(fields.get("bias").map(|bias| bias.iter().map(|v| v * scale).collect()))
     }
 
     fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
@@ -314,15 +322,21 @@ impl Reparameterization for LoraAdapter {
 }
 
 impl Activation for LoraAdapter {
-    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Tensor<2> {
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
         let drops = self.dropout.prob > 0.0 && x.device().is_autodiff();
         let dropped = drops.then(|| self.dropout.forward(x.clone()));
-        let mut y = base.low_rank(x, dropped, self.a.val(), self.b.val(), self.scale);
-        if let Some(bias) = &self.bias {
-            let bias = (bias.val() * self.scale).cast(y.dtype());
-            y = y + bias.unsqueeze();
-        }
-        y
+        let y = base.low_rank(x, dropped, self.a.val(), self.b.val(), self.scale);
+        Some(match self.shift(None) {
+            Some(shift) => {
+                let dtype = y.dtype();
+                y + shift.cast(dtype).unsqueeze()
+            }
+            None => y,
+        })
+    }
+
+    fn shift(&self, _bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val() * self.scale)
     }
 
     fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {

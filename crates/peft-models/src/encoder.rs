@@ -96,6 +96,18 @@ impl EncoderConfig {
 }
 
 impl Encoder {
+    /// The layers after the encoder.
+    pub(crate) fn head(&self) -> Option<&Head> {
+        self.head.as_deref()
+    }
+
+    /// The same encoder for another task.
+    pub(crate) fn with_head(self, task: Task, head: Head) -> Self {
+        let mut config = self.config;
+        config.task = task;
+        Self { head: Some(Named::new("", head)), config, ..self }
+    }
+
     /// The shape of the model, and its task.
     pub fn config(&self) -> &EncoderConfig {
         &self.config
@@ -147,6 +159,7 @@ impl Encoder {
         let Some(head) = &self.head else { return self.embedding(input).unsqueeze_dim(1) };
         let hidden = self.hidden(input);
         let features = match (&self.config.task, self.config.family) {
+            (Task::Classification { .. }, family) if head.reads_first(family) => first(hidden, input),
             (Task::Classification { .. }, Family::Bert) => self.pool(hidden, input),
             (Task::Classification { .. }, Family::Dinov2) => {
                 let patches = hidden.dims()[1] - 1;

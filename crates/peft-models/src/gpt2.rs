@@ -3,8 +3,8 @@
 use burn::module::{Initializer, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::kernels::{Nonlinearity, Scores, activate, layer_norm, linear_cross_entropy};
-use peft_core::{AdapterAware, embedding_as, linear_with, product};
+use peft_core::kernels::{Nonlinearity, Scores, activate, linear_cross_entropy};
+use peft_core::{AdapterAware, SubLayer, embedding_as, layer_norm, linear_with, product};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::Gpt2Config;
@@ -32,6 +32,8 @@ struct Gpt2Block {
     attn: Gpt2Attention,
     ln_2: LayerNorm,
     mlp: Gpt2Mlp,
+    attention_adapters: SubLayer,
+    output_adapters: SubLayer,
 }
 
 #[derive(Module, Debug)]
@@ -84,6 +86,8 @@ impl Gpt2Config {
                 c_fc: Conv1D::new(self.n_embd, self.n_inner, device),
                 c_proj: Conv1D::new(self.n_inner, self.n_embd, device),
             },
+            attention_adapters: SubLayer::new(self.n_embd, device),
+            output_adapters: SubLayer::new(self.n_embd, device),
         };
         Gpt2 {
             transformer: Gpt2Model {
@@ -133,9 +137,10 @@ impl Gpt2 {
         for (at, block) in model.h.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let attended = block.attn.forward(self.norm(&block.ln_1, x.clone()), self.config.n_head, &pass, cache);
-            x = x + attended;
+            x = block.attention_adapters.end(attended, x, None);
             let inner = block.mlp.c_fc.forward(self.norm(&block.ln_2, x.clone()));
-            x = x + block.mlp.c_proj.forward(activate(inner, Nonlinearity::GeluTanh));
+            let output = block.mlp.c_proj.forward(activate(inner, Nonlinearity::GeluTanh));
+            x = block.output_adapters.end(output, x, None);
         }
         self.norm(&model.ln_f, x)
     }
@@ -151,8 +156,7 @@ impl Gpt2 {
     }
 
     fn norm(&self, norm: &LayerNorm, x: Tensor<3>) -> Tensor<3> {
-        let beta = norm.beta.as_ref().map(Param::val);
-        layer_norm(x, norm.gamma.val(), beta, self.config.layer_norm_epsilon)
+        layer_norm(norm, x, self.config.layer_norm_epsilon)
     }
 }
 

@@ -6,6 +6,8 @@
 //!
 //! `h` are the last hidden states, `h₀` that of the first token.
 
+mod hub;
+
 use std::path::Path;
 
 use burn::module::{Initializer, Module, Param};
@@ -18,6 +20,8 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{EncoderConfig, Family, Fields};
 use crate::{Error, Result};
+
+pub use self::hub::has_hub_head;
 
 /// What an encoder is used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -154,6 +158,17 @@ fn labels_of(json: &Value, path: &Path) -> Result<Vec<String>> {
 pub(crate) struct Head {
     dense: Option<Named<Linear>>,
     output: Named<Linear>,
+    #[module(skip)]
+    reads: Reads,
+}
+
+/// What a head reads of the last hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// What the heads of its family read.
+    Own,
+    /// The first token's state: AdapterHub's heads, on every family.
+    First,
 }
 
 /// Names of the layers that a head may have.
@@ -165,26 +180,51 @@ impl Head {
         let outputs = config.task.outputs()?;
         let hidden = config.hidden_size;
         let whole = matches!(config.task, Task::Classification { .. });
-        let (dense, output) = match (&config.task, config.family) {
-            (Task::Span, _) => (None, "qa_outputs"),
-            (Task::Classification { .. }, Family::Roberta) => (Some("classifier.dense"), "classifier.out_proj"),
-            (Task::Classification { .. }, Family::DistilBert) => (Some("pre_classifier"), "classifier"),
-            _ => (None, "classifier"),
-        };
+        let (dense, output) = layers(config);
         let d_in = if whole && config.family == Family::Dinov2 { 2 * hidden } else { hidden };
         let layer = |name: &'static str, d_in, d_out| Named::new(name, fresh_linear(name, d_in, d_out, seed, device));
         let dense = dense.map(|name| layer(name, hidden, hidden));
-        Some(Self { dense, output: layer(output, d_in, outputs) })
+        Some(Self { dense, output: layer(output, d_in, outputs), reads: Reads::Own })
+    }
+
+    /// Whether it is `output(tanh(dense(h₀)))`, or `output(h₀)`, of the first token's state.
+    pub(crate) fn reads_first(&self, family: Family) -> bool {
+        self.reads == Reads::First || family == Family::Roberta
     }
 
     /// `[batch, places, d_in]` to `[batch, places, outputs]`
     pub(crate) fn forward(&self, x: Tensor<3>, family: Family) -> Tensor<3> {
         let x = match (&self.dense, family) {
             (None, _) => x,
-            (Some(dense), Family::DistilBert) => activate(linear(dense, x), Nonlinearity::Relu),
+            (Some(dense), Family::DistilBert) if self.reads == Reads::Own => {
+                activate(linear(dense, x), Nonlinearity::Relu)
+            }
             (Some(dense), _) => linear(dense, x).tanh(),
         };
         linear(&self.output, x)
+    }
+}
+
+/// What the layers of the head are called that the configuration asks for, if it asks for one.
+fn layers(config: &EncoderConfig) -> (Option<&'static str>, &'static str) {
+    match (&config.task, config.family) {
+        (Task::Span, _) => (None, "qa_outputs"),
+        (Task::Classification { .. }, Family::Roberta) => (Some("classifier.dense"), "classifier.out_proj"),
+        (Task::Classification { .. }, Family::DistilBert) => (Some("pre_classifier"), "classifier"),
+        _ => (None, "classifier"),
+    }
+}
+
+impl EncoderConfig {
+    /// The modules that make up the head, for `modules_to_save`; none without a head.
+    pub fn head_modules(&self) -> Vec<&'static str> {
+        if self.task.outputs().is_none() {
+            return Vec::new();
+        }
+        let (dense, output) = layers(self);
+        let mut modules: Vec<_> = dense.into_iter().chain([output]).filter_map(|name| name.split('.').next()).collect();
+        modules.dedup();
+        modules
     }
 }
 

@@ -6,8 +6,8 @@
 use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy, rms_norm};
-use peft_core::{AdapterAware, cross_entropy, embedding_as, linear, product};
+use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
+use peft_core::{AdapterAware, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
@@ -36,6 +36,8 @@ struct LlamaLayer {
     mlp: LlamaMlp,
     input_layernorm: RmsNorm,
     post_attention_layernorm: RmsNorm,
+    attention_adapters: SubLayer,
+    output_adapters: SubLayer,
 }
 
 #[derive(Module, Debug)]
@@ -81,6 +83,8 @@ impl LlamaConfig {
             },
             input_layernorm: norm(hidden),
             post_attention_layernorm: norm(hidden),
+            attention_adapters: SubLayer::new(hidden, device),
+            output_adapters: SubLayer::new(hidden, device),
         };
         Llama {
             model: LlamaModel {
@@ -114,11 +118,12 @@ impl Llama {
         let mut x = embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype());
         for (at, layer) in self.model.layers.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
-            let attended = layer.self_attn.forward(norm(&layer.input_layernorm, x.clone()), config, &pass, at, cache);
-            x = x + attended;
-            x = x.clone() + layer.mlp.forward(norm(&layer.post_attention_layernorm, x));
+            let normed = rms_norm(&layer.input_layernorm, x.clone());
+            x = layer.attention_adapters.end(layer.self_attn.forward(normed, config, &pass, at, cache), x, None);
+            let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
+            x = layer.output_adapters.end(layer.mlp.forward(normed), x, None);
         }
-        norm(&self.model.norm, x)
+        rms_norm(&self.model.norm, x)
     }
 
     /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.
@@ -160,7 +165,7 @@ impl LlamaAttention {
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
         let normed = |n: &Option<RmsNorm>, x: Tensor<4>| match n {
-            Some(n) => norm(n, x),
+            Some(n) => rms_norm(n, x),
             None => x,
         };
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
@@ -177,8 +182,4 @@ impl LlamaMlp {
         let (gate, up) = (linear(&self.gate_proj, x.clone()), linear(&self.up_proj, x));
         linear(&self.down_proj, gated(gate, up, Nonlinearity::Silu))
     }
-}
-
-fn norm<const D: usize>(norm: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
-    rms_norm(x, norm.gamma.val(), norm.epsilon)
 }

@@ -209,10 +209,11 @@ impl ParamMapper for Loader<'_> {
                     [rows, columns] if source.transposed => transpose(&values, columns, rows),
                     _ => values,
                 };
-                // The random initial value is never made: the lazy parameter is replaced, not read.
+                // What was frozen stays so. The random initial value is never made: a lazy parameter is replaced, not read.
+                let trained = !param.is_initialized() || param.is_require_grad();
                 let dtype = if self.matrices.contains(&param.id) { DType::BF16 } else { DType::F32 };
                 let value = Tensor::from_data(TensorData::new(values, shape), (&param.lazy_device(), dtype));
-                Param::initialized(param.id, value).set_require_grad(true)
+                Param::initialized(param.id, value).set_require_grad(trained)
             }
             Err(error) => {
                 self.failed = Some(error);

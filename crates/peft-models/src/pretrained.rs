@@ -181,7 +181,14 @@ impl Pretrained {
     /// # Errors
     /// As [`load`](Self::load); and when a weight cannot be packed, or the device does not have the precision.
     pub fn load_with(source: &ModelSource, packing: &Packing, precision: Precision, device: &Device) -> Result<Self> {
-        let files = source.open()?;
+        Self::from_files(source.open()?, packing, precision, device)
+    }
+
+    /// [`load_with`](Self::load_with) from files that are open already.
+    ///
+    /// # Errors
+    /// As [`load_with`](Self::load_with).
+    pub fn from_files(files: ModelFiles, packing: &Packing, precision: Precision, device: &Device) -> Result<Self> {
         let config = files.model_config()?;
         let tied = config.is_tied();
         // Buffers that `transformers` computes itself, and the second name of a tied head.

@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use burn::nn::Initializer;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig};
 use burn::tensor::{DType, Device};
-use peft_core::{Method, Scan, Site, attach, scan};
+use peft_core::{LayerKind, Method, Scan, Site, attach, scan};
 use peft_quant::Code;
 use serde_json::Value;
 
-use crate::stack::WIDTH;
+use crate::stack::{EPSILON, WIDTH};
 use crate::state::{Part, fill};
 use crate::{Check, Failure, Matrix, Outcome, Seam, Stack, fill_adapter};
 
@@ -26,7 +26,7 @@ pub struct Layer<'a> {
     pub site: &'a Site,
     /// Input, `[rows, d_in]`; one-hot rows for an embedding.
     pub x: Matrix,
-    /// Base weight, `[d_in, d_out]`.
+    /// Base weight, `[d_in, d_out]`; a norm's scale, `[1, width]`.
     pub weight: Matrix,
     /// Base bias, `[1, d_out]`.
     pub bias: Option<Matrix>,
@@ -35,12 +35,15 @@ pub struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    /// The layer without its adapter, `x·W + b`.
+    /// The layer without its adapter, `x·W + b`, or `γ ⊙ normed(x) + β`.
     ///
     /// # Errors
     /// When the shapes do not fit.
     pub fn base(&self, x: &Matrix) -> peft_core::Result<Matrix> {
-        let y = x.times(&self.weight)?;
+        let y = match self.site.kind {
+            LayerKind::LayerNorm => x.normed(EPSILON).scale_by(&self.weight)?,
+            _ => x.times(&self.weight)?,
+        };
         self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.plus(bias))
     }
 
@@ -66,7 +69,7 @@ type Law<M> = fn(&Subject<'_, M>) -> Outcome;
 
 /// A method and what its author states of it.
 ///
-/// The method targets layers of [`Stack`]: any of `embed`, `up` and `down`.
+/// The method targets layers of [`Stack`]: any of `embed`, `up`, `down` and `norm`.
 #[derive(Clone, Debug)]
 pub struct Laws<M> {
     method: M,
@@ -192,12 +195,17 @@ impl<M: Method> Subject<'_, M> {
     fn sites(&self) -> Result<Vec<Site>, Failure> {
         let adapted = scan(&self.attached()?).adapted;
         let Scan { sites, .. } = scan(&self.base());
-        Ok(sites.into_iter().filter(|site| adapted.contains(&format!("{}.weight", site.path))).collect())
+        Ok(sites.into_iter().filter(|site| adapted.contains(&site.path)).collect())
     }
 
     /// Why the method's weight form is not the whole method; then only the activation seam is looked at.
     fn weight_form_lacks(&self) -> Result<Option<String>, Failure> {
         Ok(self.sites()?.iter().find_map(|site| self.method().needs_activation(site)))
+    }
+
+    /// Why the method is no part of a weight; then merging is refused.
+    fn unmergeable(&self) -> Result<Option<String>, Failure> {
+        Ok(self.sites()?.iter().find_map(|site| self.method().unmergeable(site)))
     }
 
     fn seams(&self) -> Result<&'static [Seam], Failure> {

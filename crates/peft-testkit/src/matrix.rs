@@ -76,6 +76,18 @@ impl Matrix {
         Self { values: self.values.iter().map(|value| value * factor).collect(), ..*self }
     }
 
+    /// Every row with mean zero and variance one; `epsilon` is added to the variance.
+    #[must_use]
+    pub fn normed(&self, epsilon: f64) -> Self {
+        let count = self.columns as f64;
+        let rows = self.values.chunks(self.columns.max(1)).flat_map(|row| {
+            let mean = row.iter().sum::<f64>() / count;
+            let variance = row.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+            row.iter().map(move |value| (value - mean) / (variance + epsilon).sqrt())
+        });
+        Self { values: rows.collect(), ..*self }
+    }
+
     fn zip(&self, other: &Self, f: impl Fn(f64, f64) -> f64) -> Result<Self> {
         if self.columns != other.columns || (other.rows != self.rows && other.rows != 1) {
             let expected = format!("{} x {} or 1 x {}", self.rows, self.columns, self.columns);
@@ -99,6 +111,13 @@ mod tests {
         assert_eq!(product.values(), [4.0, 5.0, 10.0, 11.0]);
         assert_eq!(product.plus(&row).unwrap().values(), [14.0, 25.0, 20.0, 31.0]);
         assert_eq!(product.scale_by(&row).unwrap().scale(0.5).values(), [20.0, 50.0, 50.0, 110.0]);
+    }
+
+    #[test]
+    fn a_normed_row_has_mean_zero_and_variance_one() {
+        let a = Matrix::new(2, 2, vec![1.0, 3.0, 5.0, 5.0]).unwrap();
+        assert_eq!(a.normed(0.0).values()[..2], [-1.0, 1.0]);
+        assert_eq!(a.normed(3.0).values(), [-0.5, 0.5, 0.0, 0.0]);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The small model under the laws.
 
 use burn::module::Module;
-use burn::nn::{Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig};
+use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::AdapterAware;
+use peft_core::{AdapterAware, SubLayer};
 
 use crate::state::{Part, fill, normal};
 
@@ -17,7 +17,7 @@ pub enum Seam {
     Activation,
 }
 
-/// Three unmodified layers, `down(silu(up(embed(ids) + x)))`, that are called through either seam.
+/// Unmodified layers that are called through either seam: with `h = embed(ids) + x`, `norm(down(silu(up(h))) + h)`.
 ///
 /// `embed` is `[32, 16]`, `up` is `[16, 32]` with a bias and `down` `[32, 16]` without, so that few kernels serve a device that compiles
 /// each one slowly.
@@ -29,9 +29,16 @@ pub struct Stack {
     pub up: Linear,
     /// `[32, 16]`, without one.
     pub down: Linear,
+    /// Of 16 values.
+    pub norm: LayerNorm,
+    /// Where the one sub-layer ends; through the weight seam nothing looks there.
+    pub output_adapters: SubLayer,
     /// Whether the model declares its layers adapter-aware.
     pub aware: Option<AdapterAware>,
 }
+
+/// Added to the variance in `norm`.
+pub(crate) const EPSILON: f64 = 1e-5;
 
 pub(crate) const BATCH: usize = 2;
 pub(crate) const SEQ: usize = 4;
@@ -48,6 +55,8 @@ impl Stack {
             embed: EmbeddingConfig::new(VOCAB, WIDTH).with_initializer(Initializer::Zeros).init(device),
             up: linear(WIDTH, INNER).init(device),
             down: linear(INNER, WIDTH).with_bias(false).init(device),
+            norm: LayerNormConfig::new(WIDTH).with_epsilon(EPSILON).init(device),
+            output_adapters: SubLayer::new(WIDTH, device),
             aware: aware.then_some(AdapterAware),
         };
         fill(stack, Part::Base(dtype), 1)
@@ -56,10 +65,15 @@ impl Stack {
     /// The output `[batch, seq, 16]` for ids `[batch, seq]` and an input `[batch, seq, 16]`.
     pub fn forward(&self, seam: Seam, ids: Tensor<2, Int>, x: Tensor<3>) -> Tensor<3> {
         match seam {
-            Seam::Weight => self.down.forward(silu(self.up.forward(self.embed.forward(ids) + x))),
+            Seam::Weight => {
+                let h = self.embed.forward(ids) + x;
+                self.norm.forward(self.down.forward(silu(self.up.forward(h.clone()))) + h)
+            }
             Seam::Activation => {
-                let hidden = peft_core::linear(&self.up, peft_core::embedding(&self.embed, ids) + x);
-                peft_core::linear(&self.down, silu(hidden))
+                let h = peft_core::embedding(&self.embed, ids) + x;
+                let y = peft_core::linear(&self.down, silu(peft_core::linear(&self.up, h.clone())));
+                let norm = |sum| peft_core::layer_norm(&self.norm, sum, EPSILON);
+                self.output_adapters.end(y, h, Some(&norm))
             }
         }
     }

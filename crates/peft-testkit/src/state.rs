@@ -60,7 +60,7 @@ pub(crate) fn normal(count: usize, std: f32, seed: u64) -> Vec<f32> {
 /// Which parameters of a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Part {
-    /// The base, in that type. Norms stay as they are.
+    /// The base, in that type. Scales of norms are about one.
     Base(DType),
     /// The adapters, in their own type.
     Adapter,
@@ -85,15 +85,15 @@ impl ParamMapper for Filler {
     fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let location = at.locate();
         let dtype = match (self.part, location.field) {
-            (Part::Base(dtype), None) if !matches!(location.param.as_str(), "gamma" | "beta") => Some(dtype),
+            (Part::Base(dtype), None) => Some(dtype),
             (Part::Adapter, Some(_)) => None,
             _ => return param,
         };
-        let rng = &mut self.rng;
+        let (rng, mean) = (&mut self.rng, if location.param == "gamma" { 1.0 } else { 0.0 });
         param.map(|old| {
             let (shape, trained) = (old.shape(), old.is_require_grad());
             let values: Vec<f32> =
-                (0..shape.num_elements()).map(|_| SPREAD * rng.sample::<f32, _>(StandardNormal)).collect();
+                (0..shape.num_elements()).map(|_| mean + SPREAD * rng.sample::<f32, _>(StandardNormal)).collect();
             let target = (&old.device(), dtype.unwrap_or(old.dtype()));
             Tensor::from_data(TensorData::new(values, shape), target).set_require_grad(trained)
         })

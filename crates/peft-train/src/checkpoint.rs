@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use peft_core::files::{Values, read_values, write_atomically, write_values};
-use peft_models::CausalLm;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Position;
@@ -31,11 +30,11 @@ pub(crate) struct State {
 }
 
 /// Writes a checkpoint beside its place, renames it, and removes all but the newest `keep`.
-pub(crate) fn save(
+pub(crate) fn save<T>(
     dir: &Path,
     state: &State,
-    model: &CausalLm,
-    trained: &dyn Trained,
+    model: &T,
+    trained: &dyn Trained<T>,
     optimization: &Optimization,
     keep: usize,
 ) -> Result<()> {
@@ -58,13 +57,7 @@ pub(crate) fn save(
     Ok(())
 }
 
-fn write(
-    dir: &Path,
-    state: &State,
-    model: &CausalLm,
-    trained: &dyn Trained,
-    optimization: &Optimization,
-) -> Result<()> {
+fn write<T>(dir: &Path, state: &State, model: &T, trained: &dyn Trained<T>, optimization: &Optimization) -> Result<()> {
     trained.save(model, dir)?;
     let moments: BTreeMap<String, Values> =
         optimization.state().map_err(|e| Error::Device { step: state.step, message: format!("{e:?}") })?;
@@ -80,13 +73,13 @@ pub(crate) fn newest(dir: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// Puts a checkpoint into a model and an optimizer that were made as for a new run.
-pub(crate) fn restore(
+pub(crate) fn restore<T>(
     dir: &Path,
-    model: CausalLm,
-    trained: &dyn Trained,
+    model: T,
+    trained: &dyn Trained<T>,
     optimization: &mut Optimization,
     device: &Device,
-) -> Result<(CausalLm, State)> {
+) -> Result<(T, State)> {
     let path = dir.join(STATE);
     let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
     let state = serde_json::from_str(&text)

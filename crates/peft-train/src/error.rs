@@ -36,6 +36,20 @@ pub enum Error {
         /// What is wrong with it.
         what: String,
     },
+    /// A file or folder of pictures is not what its name says.
+    #[error("{}: {what}", path.display())]
+    Pictures {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The labels of all rows together make no sense.
+    #[error("labels: {what}")]
+    Labels {
+        /// What is wrong with them.
+        what: String,
+    },
     /// A setting that cannot work.
     #[error("{name}: {what}")]
     Setting {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Evaluation, Result};
 
 /// One line of the file.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
     /// An optimizer step.
@@ -26,20 +26,21 @@ pub struct StepRecord {
     pub step: usize,
     /// Passes over the data so far.
     pub epoch: f64,
-    /// Mean over the step's learnt tokens, before the step.
+    /// Mean over what is learnt in the step, before the step.
     pub loss: f64,
     /// Of this step.
     pub learning_rate: f64,
     /// Of all gradients together, before clipping.
     pub grad_norm: f64,
-    /// Learnt tokens of this step.
-    pub tokens: usize,
+    /// What it is a mean over: learnt tokens, or rows.
+    #[serde(alias = "tokens")]
+    pub count: usize,
     /// Wall time of this step.
     pub seconds: f64,
 }
 
 /// A pass over the held-out data.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// Optimizer steps done.
     pub step: usize,

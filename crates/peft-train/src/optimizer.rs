@@ -12,7 +12,7 @@ use peft_core::files::Values;
 use peft_core::kernels::{AdamW, AdamWStep, adamw};
 use peft_core::{ParamMapper, PathStack, map_params};
 
-use crate::loss::scalar;
+use crate::objective::scalar;
 
 /// AdamW with PyTorch's defaults: β = (0.9, 0.999), ε = 1e-8.
 pub(crate) struct Optimization {

@@ -50,7 +50,7 @@ fn draw(
     root.fill(&WHITE).map_err(text)?;
     let mut chart = ChartBuilder::on(&root)
         .margin(16)
-        .caption("Loss (nats per token)", ("sans-serif", 18))
+        .caption("Loss", ("sans-serif", 18))
         .x_label_area_size(36)
         .y_label_area_size(48)
         .build_cartesian_2d(x, y)

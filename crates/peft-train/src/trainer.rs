@@ -9,108 +9,14 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft_core::files::write_atomically;
-use peft_models::CausalLm;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::checkpoint::{self, State};
-use crate::data::{Batch, Batches};
-use crate::loss::{scalar, score};
+use crate::data::Batches;
 use crate::metrics::{EvalRecord, Metrics, Record, StepRecord};
+use crate::objective::{BatchOf, scalar};
 use crate::optimizer::{Optimization, Rates, global_norm};
-use crate::{Error, Evaluation, Result, Schedule, Trained, evaluate, loss_curve};
-
-/// Settings of a run. The defaults suit a small adapter.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TrainConfig {
-    /// Optimizer steps; 0 for as many as `epochs` need.
-    pub steps: usize,
-    /// Passes over the data, when `steps` is 0.
-    pub epochs: f64,
-    /// Batches whose gradients make one step; the mean is over all their tokens.
-    pub accumulate: usize,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// Fraction of the steps during which the rate rises.
-    pub warmup: f64,
-    /// What follows.
-    pub schedule: Schedule,
-    /// Decoupled weight decay on everything trained.
-    pub weight_decay: f64,
-    /// Gradients are scaled down to this norm, all together; 0 for no bound.
-    pub max_grad_norm: f64,
-    /// LoRA+: factor on the learning rate of the fields that the method calls [fast](peft_core::Method::FAST).
-    pub lora_plus: f64,
-    /// Steps between evaluations on the held-out data; 0 for only the first and the last.
-    pub eval_every: usize,
-    /// Steps between checkpoints; 0 for only the last.
-    pub save_every: usize,
-    /// Checkpoints to keep.
-    pub keep: usize,
-    /// Stop after this many evaluations without a better one; 0 for never.
-    pub patience: usize,
-    /// Of dropout.
-    pub seed: u64,
-    /// Draw a progress bar on standard error.
-    pub progress: bool,
-}
-
-impl Default for TrainConfig {
-    fn default() -> Self {
-        Self {
-            steps: 0,
-            epochs: 3.0,
-            accumulate: 1,
-            learning_rate: 2e-4,
-            warmup: 0.03,
-            schedule: Schedule::Linear,
-            weight_decay: 0.01,
-            max_grad_norm: 1.0,
-            lora_plus: 1.0,
-            eval_every: 0,
-            save_every: 0,
-            keep: 2,
-            patience: 0,
-            seed: 0,
-            progress: false,
-        }
-    }
-}
-
-impl TrainConfig {
-    /// Refuses values that make no sense, naming the setting.
-    ///
-    /// # Errors
-    /// [`Error::Setting`].
-    pub fn check(&self) -> Result<()> {
-        let positive = |name, value: f64| {
-            let good = value.is_finite() && value > 0.0;
-            if good { Ok(()) } else { Err(Error::setting(name, format!("is {value}; expected a positive number"))) }
-        };
-        positive("learning_rate", self.learning_rate)?;
-        positive("lora_plus", self.lora_plus)?;
-        if self.steps == 0 {
-            positive("epochs", self.epochs)?;
-        }
-        for (name, value) in [("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)] {
-            if !(value.is_finite() && value >= 0.0) {
-                return Err(Error::setting(name, format!("is {value}; expected 0 or a positive number")));
-            }
-        }
-        if !(0.0..=1.0).contains(&self.warmup) {
-            return Err(Error::setting("warmup", format!("is {}; expected a fraction in 0..=1", self.warmup)));
-        }
-        if self.accumulate == 0 {
-            return Err(Error::setting("accumulate", "is 0; expected at least 1"));
-        }
-        Ok(())
-    }
-
-    fn total_steps(&self, batches: &Batches) -> usize {
-        let per_epoch = batches.per_epoch() as f64 / self.accumulate as f64;
-        if self.steps > 0 { self.steps } else { (self.epochs * per_epoch).ceil().max(1.0) as usize }
-    }
-}
+use crate::{Error, Evaluation, Objective, Result, TrainConfig, Trained, loss_curve};
 
 /// Set from another thread, for instance on Ctrl-C: the run saves a checkpoint and ends after the current step.
 pub type Stop = AtomicBool;
@@ -144,8 +50,8 @@ pub struct Summary {
     pub seconds: f64,
 }
 
-/// Trains `model`, which carries what `trained` names, and writes into `dir`: checkpoints, `metrics.jsonl`, `loss.svg`, and at the end the
-/// trained part itself, the best on `held_out` if that is given.
+/// Trains `model`, which carries what `trained` names, for `objective`, and writes into `dir`: checkpoints, `metrics.jsonl`, `loss.svg`, and at the
+/// end the trained part itself, the best on `held_out` if that is given, with the objective's pictures of it.
 ///
 /// With `resume`, continues from the newest checkpoint in `dir`; on a CPU device the result is bit for bit that of a run without a break.
 ///
@@ -156,17 +62,18 @@ pub struct Summary {
     clippy::too_many_arguments,
     reason = "each is one independent thing, and a struct of them would be built once and taken apart once"
 )]
-pub fn train(
-    model: CausalLm,
-    trained: &dyn Trained,
-    batches: Batches,
-    held_out: Option<&Batches>,
+pub fn train<O: Objective>(
+    objective: &O,
+    model: O::Model,
+    trained: &dyn Trained<O::Model>,
+    batches: Batches<O::Example>,
+    held_out: Option<&Batches<O::Example>>,
     config: &TrainConfig,
     dir: &Path,
     resume: bool,
     device: &Device,
     stop: &Stop,
-) -> Result<(CausalLm, Summary)> {
+) -> Result<(O::Model, Summary)> {
     config.check()?;
     if config.lora_plus != 1.0 && trained.fast().is_empty() {
         return Err(Error::setting("lora_plus", "needs a method whose factors learn at different rates, such as LoRA"));
@@ -180,14 +87,15 @@ pub fn train(
     let metrics = Metrics::open(dir, state.step)?;
     let steps = config.total_steps(&batches);
     let bar = progress_bar(config.progress, state.step, steps);
-    let run = Run { config, trained, held_out, dir, device, steps, optimization, state, metrics, bar };
+    let run = Run { objective, config, trained, held_out, dir, device, steps, optimization, state, metrics, bar };
     run.go(model, batches, stop)
 }
 
-struct Run<'a> {
+struct Run<'a, O: Objective> {
+    objective: &'a O,
     config: &'a TrainConfig,
-    trained: &'a dyn Trained,
-    held_out: Option<&'a Batches>,
+    trained: &'a dyn Trained<O::Model>,
+    held_out: Option<&'a Batches<O::Example>>,
     dir: &'a Path,
     device: &'a Device,
     steps: usize,
@@ -199,8 +107,8 @@ struct Run<'a> {
 
 const BEST: &str = "best";
 
-impl Run<'_> {
-    fn go(mut self, mut model: CausalLm, mut batches: Batches, stop: &Stop) -> Result<(CausalLm, Summary)> {
+impl<O: Objective> Run<'_, O> {
+    fn go(mut self, mut model: O::Model, mut batches: Batches<O::Example>, stop: &Stop) -> Result<(O::Model, Summary)> {
         let started = Instant::now();
         let before = if self.state.step == 0 { self.evaluate(&model)? } else { None };
         let mut outcome = Outcome::Finished;
@@ -227,18 +135,18 @@ impl Run<'_> {
     }
 
     /// One optimizer step.
-    fn step(&mut self, model: CausalLm, batches: &mut Batches) -> Result<CausalLm> {
+    fn step(&mut self, model: O::Model, batches: &mut Batches<O::Example>) -> Result<O::Model> {
         let started = Instant::now();
         let step = self.state.step + 1;
         // Dropout is a function of the seed and the step, so a resumed run draws what an unbroken one would.
         self.device.seed(self.config.seed.wrapping_add(step as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let group: Vec<Batch> = (0..self.config.accumulate).map(|_| batches.next_batch()).collect();
-        let tokens: usize = group.iter().map(Batch::trained).sum();
+        let group: Vec<BatchOf<O>> = (0..self.config.accumulate).map(|_| batches.next_batch()).collect();
+        let count: usize = group.iter().map(|batch| self.objective.count(batch)).sum();
         let failed = |e| Error::Device { step, message: format!("{e:?}") };
         let mut accumulator = GradientsAccumulator::new();
         let mut sum = 0.0;
         for batch in &group {
-            let loss = score(&model, batch, self.device).scores.losses.sum() / tokens as f64;
+            let loss = self.objective.loss(&model, batch, self.device)? / count as f64;
             let grads = GradientsParams::from_grads(loss.backward(), &model);
             accumulator.accumulate(&model, grads);
             sum += scalar(loss.inner()).map_err(failed)?;
@@ -264,7 +172,7 @@ impl Run<'_> {
             loss: f64::from(sum),
             learning_rate,
             grad_norm: f64::from(norm),
-            tokens,
+            count,
             seconds: started.elapsed().as_secs_f64(),
         };
         self.metrics.push(Record::Step(record))?;
@@ -274,11 +182,11 @@ impl Run<'_> {
     }
 
     /// Evaluates, notes it, and keeps the model if it is the best so far.
-    fn evaluate(&mut self, model: &CausalLm) -> Result<Option<Evaluation>> {
+    fn evaluate(&mut self, model: &O::Model) -> Result<Option<Evaluation>> {
         let Some(held_out) = self.held_out else { return Ok(None) };
         let model = model.valid();
-        let evaluation = evaluate(&model, held_out, self.device)?;
-        self.metrics.push(Record::Eval(EvalRecord { step: self.state.step, evaluation }))?;
+        let evaluation = self.objective.evaluate(&model, held_out, self.device)?;
+        self.metrics.push(Record::Eval(EvalRecord { step: self.state.step, evaluation: evaluation.clone() }))?;
         if self.state.best.is_none_or(|(loss, _)| evaluation.loss < loss) {
             self.state.best = Some((evaluation.loss, self.state.step));
             self.state.evaluations_since_best = 0;
@@ -286,33 +194,31 @@ impl Run<'_> {
         } else {
             self.state.evaluations_since_best += 1;
         }
-        self.bar.println(format!(
-            "step {:>5}  held-out loss {:.4}  perplexity {:.2}  token accuracy {:.1} %",
-            self.state.step,
-            evaluation.loss,
-            evaluation.perplexity,
-            100.0 * evaluation.token_accuracy
-        ));
+        self.bar.println(format!("step {:>5}  held-out {evaluation}", self.state.step));
         Ok(Some(evaluation))
     }
 
     fn finish(
         self,
-        model: CausalLm,
+        model: O::Model,
         before: Option<Evaluation>,
         outcome: Outcome,
         elapsed: Duration,
-    ) -> Result<(CausalLm, Summary)> {
+    ) -> Result<(O::Model, Summary)> {
         let best = self.state.best.filter(|(_, step)| *step != self.state.step && self.best_dir().exists());
         let (model, kept_step) = match best {
             Some((_, step)) => (self.trained.restore(model, &self.best_dir())?, step),
             None => (model, self.state.step),
         };
         self.trained.save(&model, self.dir)?;
-        let svg = loss_curve(&self.metrics.records)?;
-        write_atomically(self.dir, &[("loss.svg", svg.as_bytes())])?;
+        let mut pictures = vec![("loss.svg", loss_curve(&self.metrics.records)?)];
+        if let Some(held_out) = self.held_out {
+            pictures.extend(self.objective.pictures(&model.valid(), held_out, self.device)?);
+        }
+        let files: Vec<(&str, &[u8])> = pictures.iter().map(|(name, svg)| (*name, svg.as_bytes())).collect();
+        write_atomically(self.dir, &files)?;
         let after = self.metrics.records.iter().rev().find_map(|record| match record {
-            Record::Eval(e) if e.step == kept_step => Some(e.evaluation),
+            Record::Eval(e) if e.step == kept_step => Some(e.evaluation.clone()),
             _ => None,
         });
         let summary =

@@ -2,6 +2,7 @@
 //!
 //! - [`core`]: methods, targets, attaching, the activation seam, adapter files
 //! - [`lora`]: the low-rank methods
+//! - [`adapter`]: bottlenecks between the layers, (IA)³, SSF and their relatives
 //! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`train`]: data, the loop, checkpoints
@@ -25,6 +26,7 @@
 //! # Ok::<(), peft::core::Error>(())
 //! ```
 
+pub use peft_adapter as adapter;
 pub use peft_core as core;
 pub use peft_lora as lora;
 pub use peft_models as models;

@@ -55,7 +55,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         return Err(Error::usage(format!("--top-p {}: expected a probability above 0", args.top_p), "--top-p 0.9"));
     }
     let device = device::open(&context.device)?;
-    let pretrained = args.model.load(&device)?;
+    let pretrained = args.model.load_decoder(&device)?;
     let tokenizer = pretrained.tokenizer()?;
     let prompt = match (&args.prompt, &args.chat) {
         (_, Some(message)) => {

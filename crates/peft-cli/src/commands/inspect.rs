@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::module::Module;
+use burn::tensor::Device;
 use peft_core::files::{CONFIG_FILE, TENSOR_FILE, peft_type, read_values};
 use peft_core::scan;
-use peft_models::config::ModelConfig;
-use peft_models::{CausalLm, ModelSource};
+use peft_models::CausalLm;
+use peft_models::config::{Architecture, EncoderConfig, InputConfig, ModelConfig};
+use peft_models::encoder::Naming;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::model::architecture;
+use crate::model::{architecture, open};
 use crate::output::{bytes, table, thousands};
 use crate::{Context, Error, Result, device, methods};
 
@@ -48,7 +51,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     let out = context.output;
     out.field("method", if known { method.clone() } else { format!("{method}, which this program does not know") })?;
     out.field("base", given("base_model_name_or_path"))?;
-    out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
+    if config.get("r").is_some() {
+        out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
+    }
     out.field("targets", given("target_modules"))?;
     out.field("tensors", format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size)))?;
     let mut kinds: BTreeMap<(String, &[usize]), usize> = BTreeMap::new();
@@ -113,8 +118,7 @@ struct Stored {
 }
 
 fn model(name: &str, context: &Context) -> Result<()> {
-    let files = name.parse::<ModelSource>()?.open()?;
-    let config = files.model_config()?;
+    let files = open(name)?;
     let tokenizer = files.tokenizer().ok();
     let chat_template = tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_some());
     let mut dtypes: BTreeMap<&str, Stored> = BTreeMap::new();
@@ -126,20 +130,16 @@ fn model(name: &str, context: &Context) -> Result<()> {
     }
     let total = |of: fn(&Stored) -> u64| dtypes.values().map(of).sum::<u64>();
     let (parameters, size) = (total(|s| s.parameters as u64) as usize, total(|s| s.bytes));
-    let (family, layers) = (architecture(&files.config), config.num_layers());
-    let modules = adaptable(&config, context)?;
+    let family = architecture(&files.config);
+    let device = device::open(&context.device)?;
+    let shape = match files.architecture()? {
+        Architecture::Decoder(config) => Shape::of_decoder(&config, &device),
+        Architecture::Encoder(config) => Shape::of_encoder(&config, &device),
+    };
 
     let out = context.output;
     out.field("model", format_args!("{family}, {} parameters, {}", thousands(parameters), bytes(size)))?;
-    out.field(
-        "shape",
-        format_args!(
-            "{layers} layers, {} tokens, {} positions, {}",
-            thousands(config.vocab_size()),
-            thousands(config.max_positions()),
-            if config.is_tied() { "output head tied to the embedding" } else { "output head of its own" }
-        ),
-    )?;
+    out.field("shape", &shape.text)?;
     for (dtype, stored) in &dtypes {
         out.field("stored", format_args!("{dtype}: {} tensors, {}", stored.tensors, bytes(stored.bytes)))?;
     }
@@ -149,27 +149,82 @@ fn model(name: &str, context: &Context) -> Result<()> {
     let row = |m: &Adaptable| {
         vec![format!("  {}", m.name), format!("x {}", m.count), m.kind.clone(), format!("{} -> {}", m.d_in, m.d_out)]
     };
-    out.line(table(&modules.iter().map(row).collect::<Vec<_>>()))?;
-    out.json(&json!({
+    out.line(table(&shape.modules.iter().map(row).collect::<Vec<_>>()))?;
+    let mut json = json!({
         "kind": "model",
         "architecture": family,
         "parameters": parameters,
         "bytes": size,
         "dtypes": dtypes,
-        "layers": layers,
-        "vocab_size": config.vocab_size(),
-        "max_positions": config.max_positions(),
-        "tied": config.is_tied(),
         "tokenizer": tokenizer.is_some(),
         "chat_template": chat_template,
-        "modules": modules,
-    }))
+        "modules": shape.modules,
+    });
+    if let (Value::Object(json), Value::Object(shape)) = (&mut json, shape.json) {
+        json.extend(shape);
+    }
+    out.json(&json)
 }
 
-/// The layers that adapters know, by the last part of their names, in the model's order. Random weights are never made for it.
-fn adaptable(config: &ModelConfig, context: &Context) -> Result<Vec<Adaptable>> {
+/// What the configuration says, and the layers that adapters know. Random weights are never made for it.
+struct Shape {
+    text: String,
+    json: Value,
+    modules: Vec<Adaptable>,
+}
+
+impl Shape {
+    fn of_decoder(config: &ModelConfig, device: &Device) -> Self {
+        let (layers, vocab_size, positions) = (config.num_layers(), config.vocab_size(), config.max_positions());
+        let head = if config.is_tied() { "output head tied to the embedding" } else { "output head of its own" };
+        let (tokens, places) = (thousands(vocab_size), thousands(positions));
+        Self {
+            text: format!("{layers} layers, {tokens} tokens, {places} positions, {head}"),
+            json: json!({
+                "layers": layers,
+                "vocab_size": vocab_size,
+                "max_positions": positions,
+                "tied": config.is_tied(),
+            }),
+            modules: adaptable(&CausalLm::new(config, device)),
+        }
+    }
+
+    fn of_encoder(config: &EncoderConfig, device: &Device) -> Self {
+        let layers = config.num_hidden_layers;
+        let input = match config.input {
+            InputConfig::Text { vocab_size, .. } => {
+                let positions = config.max_tokens().unwrap_or_default();
+                format!("{} tokens, {} positions", thousands(vocab_size), thousands(positions))
+            }
+            InputConfig::Image { image_size, patch_size, .. } => {
+                format!("pictures of {image_size} × {image_size}, patches of {patch_size} × {patch_size}")
+            }
+        };
+        let labels = config.task.labels();
+        let head = match (config.task.outputs(), labels.len()) {
+            (None, _) => "no head".to_owned(),
+            (Some(_), 0) => "a head for the start and the end of answers".to_owned(),
+            (Some(_), 1..=SHOWN) => format!("a head for {}", labels.join(", ")),
+            (Some(_), count) => format!("a head for {count} labels"),
+        };
+        Self {
+            text: format!("{layers} layers, {input}, {head}"),
+            json: json!({
+                "layers": layers,
+                "vocab_size": config.vocab_size(),
+                "max_positions": config.max_tokens(),
+                "labels": labels,
+            }),
+            modules: adaptable(&config.init(0, device).renamed(Naming::Modules)),
+        }
+    }
+}
+
+/// By the last part of their names, in the model's order.
+fn adaptable<M: Module>(model: &M) -> Vec<Adaptable> {
     let mut found: Vec<Adaptable> = Vec::new();
-    for site in scan(&CausalLm::new(config, &device::open(&context.device)?)).sites {
+    for site in scan(model).sites {
         let name = site.path.rsplit('.').next().unwrap_or_default();
         let (kind, d_in, d_out) = (format!("{:?}", site.kind), site.d_in, site.d_out);
         let same = |m: &&mut Adaptable| (m.name.as_str(), &m.kind, m.d_in, m.d_out) == (name, &kind, d_in, d_out);
@@ -178,5 +233,5 @@ fn adaptable(config: &ModelConfig, context: &Context) -> Result<Vec<Adaptable>> 
             None => found.push(Adaptable { name: name.to_owned(), kind, count: 1, d_in, d_out }),
         }
     }
-    Ok(found)
+    found
 }

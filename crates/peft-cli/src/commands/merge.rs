@@ -6,14 +6,18 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use peft_core::scan;
 
+use peft_models::config::Architecture;
 use peft_models::export::{Dtype, rewrite, save_model};
 use peft_models::load::{HfTensor, Packing, Precision, export_weights};
 use peft_models::weights::Weights;
-use peft_models::{Origin, Pretrained};
+use peft_models::{ModelFiles, Origin, Pretrained};
 use peft_quant::{LayerTruth, Quantization, merge_truth};
+use peft_train::{Trained as _, WholeModel};
 use serde_json::{Value, json};
 
-use crate::model::{adapted_keys, check_new_model, copy_generation_config, for_adapter, is_inside, load};
+use crate::model::{
+    adapted_keys, check_new_model, copy_generation_config, for_adapter, is_inside, load, load_encoder, open,
+};
 use crate::output::{quoted, table};
 use crate::packing::PackingArgs;
 use crate::{Context, Error, Result, device, methods};
@@ -64,6 +68,10 @@ enum Into {
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     check_new_model(&args.out, args.overwrite, &[args.model.as_ref(), &args.adapter])?;
     let device = device::open(&context.device)?;
+    let files = open(&args.model)?;
+    if let Architecture::Encoder(_) = files.architecture()? {
+        return encoder(args, files, &device, context);
+    }
     let method = methods::of_adapter(&args.adapter)?;
     let keys = adapted_keys(&args.adapter)?;
     let packing = args.packing.packing()?;
@@ -76,7 +84,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         }
         (Packing::AsStored | Packing::Dense, _) => (packing.clone(), None),
     };
-    let mut pretrained = load(&args.model, &loaded, Precision::F32, &device)?;
+    let mut pretrained = Pretrained::from_files(files, &loaded, Precision::F32, &device)?;
     let tied = pretrained.model.config().is_tied();
     let model = for_adapter(pretrained.model, &args.adapter)?;
     let untied = tied && !model.config().is_tied();
@@ -111,6 +119,23 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     }
     context.output.field("next", format_args!("peft generate --model {out} --prompt \"…\""))?;
     context.output.json(&json!({ "out": args.out, "changed": count, "untied": untied, "truth": truth }))
+}
+
+/// An encoder with the adapter and its head, as a model in f32.
+fn encoder(args: &Args, files: ModelFiles, device: &Device, context: &Context) -> Result<()> {
+    if args.packing.quantize.is_some() || args.into == Into::Unpacked {
+        let what = "--quantize and --into: what packing loses is compared for language models";
+        return Err(Error::usage(what, "leave them out: an encoder is merged into its own weights"));
+    }
+    let mut merged = load_encoder(files, Some(&args.adapter), Packing::Dense, Precision::F32, device)?;
+    merged.model = methods::of_adapter(&args.adapter)?.merge(merged.model, &args.adapter)?;
+    merged.files.config.as_object_mut().and_then(|config| config.remove("quantization_config"));
+    WholeModel::of(&merged.files)?.save(&merged.model, &args.out)?;
+    let count = adapted_keys(&args.adapter)?.len();
+    let (out, adapter) = (quoted(&args.out), quoted(&args.adapter));
+    context.output.field("merged", format_args!("{adapter} into {out}: {count} tensors of the adapter"))?;
+    context.output.field("next", format_args!("peft predict --model {out} --text \"…\""))?;
+    context.output.json(&json!({ "out": args.out, "tensors": count }))
 }
 
 /// What packing loses beside what the adapter adds. `None` for an adapter that belongs to the packed weights and has no meaning on the model's own.

@@ -13,14 +13,16 @@ use crate::{Context, Result};
 pub fn run(context: &Context) -> Result<()> {
     let header = ["method", "peft_type", "adapted layer", "parameters a layer", ""].map(str::to_owned).to_vec();
     let row = |entry: &crate::methods::Entry| {
-        [entry.name, entry.peft_type, entry.formula, entry.parameters, entry.about].map(str::to_owned).to_vec()
+        [entry.name, entry.peft_type().unwrap_or_default(), entry.formula, entry.parameters, entry.about]
+            .map(str::to_owned)
+            .to_vec()
     };
     let rows: Vec<Vec<String>> = std::iter::once(header).chain(METHODS.iter().map(row)).collect();
     context.output.line(table(&rows))?;
     let list = METHODS.iter().map(|entry| {
         json!({
             "name": entry.name,
-            "peft_type": entry.peft_type,
+            "peft_type": entry.peft_type(),
             "formula": entry.formula,
             "parameters": entry.parameters,
             "about": entry.about,

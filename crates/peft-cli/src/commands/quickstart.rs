@@ -8,7 +8,7 @@ use peft_core::{Peft, Targets, attach};
 use peft_lora::LoraConfig;
 use peft_models::{ModelSource, Pretrained, Sampling, generate};
 use peft_train::data::{Row, split};
-use peft_train::{AdapterOf, Schedule, Stop, TrainConfig, train};
+use peft_train::{AdapterOf, NextToken, Schedule, Stop, TrainConfig, train};
 use serde_json::json;
 
 use crate::output::{before_after, quoted, thousands};
@@ -69,7 +69,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let stop = Stop::new(false);
     let autodiff = device.clone().autodiff();
     let (model, summary) =
-        train(model, &trained, batches, Some(&held_out), &config, &args.out, false, &autodiff, &stop)?;
+        train(&NextToken, model, &trained, batches, Some(&held_out), &config, &args.out, false, &autodiff, &stop)?;
     out.field("trained", format_args!("{} steps in {:.0} s", summary.steps, summary.seconds))?;
     if let (Some(before), Some(after)) = (&summary.before, &summary.after) {
         out.field("held out", before_after(before, after))?;

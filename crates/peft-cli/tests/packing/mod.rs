@@ -3,7 +3,7 @@
 use super::*;
 
 /// The same arguments with another value of a flag.
-fn with(mut args: Vec<String>, flag: &str, value: &str) -> Vec<String> {
+pub(crate) fn with(mut args: Vec<String>, flag: &str, value: &str) -> Vec<String> {
     let at = args.iter().position(|arg| arg == flag).unwrap();
     args[at + 1] = value.to_owned();
     args

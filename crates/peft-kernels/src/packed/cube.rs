@@ -12,17 +12,13 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
+use crate::cube::{MOST_CUBES, UNITS, sum_of_group};
+
 use super::{Floats, PackedLayout, PackedOps, Primitive, ScaleKind, nested_layout};
 use crate::formula;
 
 /// Up to this number of rows the weight is unpacked in the product itself: it is bound by reading the weight.
 const FEW_ROWS: usize = 4;
-
-/// Threads that share an output value.
-const UNITS: usize = 64;
-
-/// The most groups of threads in a direction that every device allows.
-const MOST_CUBES: usize = 65_535;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,20 +123,9 @@ fn few_rows_kernel<F: Float>(
         }
         at += comptime!(UNITS);
     }
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(UNITS));
-    sums[unit] = sum;
-    sync_cube();
-    let mut half = comptime!(UNITS / 2).runtime();
-    while half > 0 {
-        if unit < half {
-            let other = sums[unit + half];
-            sums[unit] += other;
-        }
-        sync_cube();
-        half /= 2;
-    }
+    let sum = sum_of_group(sum);
     if unit == 0 {
-        output[row * d_out as usize + o] = F::cast_from(sums[0]);
+        output[row * d_out as usize + o] = F::cast_from(sum);
     }
 }
 

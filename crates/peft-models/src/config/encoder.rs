@@ -113,6 +113,14 @@ impl EncoderConfig {
         self
     }
 
+    /// Number of tokens; `None` for images.
+    pub fn vocab_size(&self) -> Option<usize> {
+        match self.input {
+            InputConfig::Text { vocab_size, .. } => Some(vocab_size),
+            InputConfig::Image { .. } => None,
+        }
+    }
+
     /// Most tokens of a text; `None` for images.
     pub fn max_tokens(&self) -> Option<usize> {
         match self.input {

@@ -7,8 +7,8 @@
 use burn::module::{Initializer, Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::kernels::{Sight, activate, attention, layer_norm};
-use peft_core::{Named, linear};
+use peft_core::kernels::{Sight, activate, attention};
+use peft_core::{Named, SubLayer, layer_norm, linear};
 
 use crate::attention::split_heads;
 use crate::config::{EncoderConfig, Family};
@@ -122,6 +122,8 @@ pub(crate) struct Block {
     down: Named<Linear>,
     mlp_norm: Named<LayerNorm>,
     layer_scale2: Option<LayerScale>,
+    attention_adapters: SubLayer,
+    output_adapters: SubLayer,
 }
 
 /// A learned factor for each feature. Touvron et al. 2021, arXiv:2103.17239.
@@ -153,6 +155,8 @@ impl Block {
             down: proj(names.down, inner, hidden, true),
             mlp_norm: new_norm(names.mlp_norm, config, device),
             layer_scale2: scale(),
+            attention_adapters: SubLayer::new(hidden, device),
+            output_adapters: SubLayer::new(hidden, device),
         }
     }
 
@@ -171,10 +175,12 @@ impl Block {
     /// `x`: `[batch, seq, hidden]`; `segments`: `[batch, seq]`, tokens of different ones do not see each other.
     pub(crate) fn forward(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
         let attended = self.attend(start(x.clone(), &self.attention_norm, config), config, segments);
-        let x = finish(scaled(attended, self.layer_scale1.as_ref()), x, &self.attention_norm, config);
+        let attended = scaled(attended, self.layer_scale1.as_ref());
+        let x = finish(&self.attention_adapters, attended, x, &self.attention_norm, config);
         let inner = activate(linear(&self.up, start(x.clone(), &self.mlp_norm, config)), config.activation);
         let output = linear(&self.down, inner);
-        finish(scaled(output, self.layer_scale2.as_ref()), x, &self.mlp_norm, config)
+        let output = scaled(output, self.layer_scale2.as_ref());
+        finish(&self.output_adapters, output, x, &self.mlp_norm, config)
     }
 
     fn attend(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
@@ -192,9 +198,15 @@ fn start(input: Tensor<3>, norm_of: &LayerNorm, config: &EncoderConfig) -> Tenso
 }
 
 /// The residual stream after a sub-layer that made `output` of it.
-fn finish(output: Tensor<3>, input: Tensor<3>, norm_of: &LayerNorm, config: &EncoderConfig) -> Tensor<3> {
-    let sum = output + input;
-    if config.family.norms_first() { sum } else { norm(norm_of, sum, config.layer_norm_eps) }
+fn finish(
+    sub_layer: &SubLayer,
+    output: Tensor<3>,
+    input: Tensor<3>,
+    norm_of: &LayerNorm,
+    config: &EncoderConfig,
+) -> Tensor<3> {
+    let normed = |sum| norm(norm_of, sum, config.layer_norm_eps);
+    sub_layer.end(output, input, if config.family.norms_first() { None } else { Some(&normed) })
 }
 
 fn scaled(x: Tensor<3>, scale: Option<&LayerScale>) -> Tensor<3> {
@@ -210,5 +222,5 @@ pub(crate) fn new_norm(name: &'static str, config: &EncoderConfig, device: &Devi
 }
 
 pub(crate) fn norm(norm: &LayerNorm, x: Tensor<3>, epsilon: f64) -> Tensor<3> {
-    layer_norm(x, norm.gamma.val(), norm.beta.as_ref().map(Param::val), epsilon)
+    layer_norm(norm, x, epsilon)
 }

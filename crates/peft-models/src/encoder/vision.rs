@@ -6,7 +6,7 @@
 use burn::module::{Initializer, Module, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use peft_core::Named;
+use peft_core::{Named, conv2d};
 
 use crate::config::EncoderConfig;
 
@@ -34,7 +34,7 @@ impl PatchEmbeddings {
 
     /// `[batch, channels, height, width]` to `[batch, 1 + patches, hidden]`
     pub(crate) fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
-        let patches = conv(&self.projection, pixels); // [batch, hidden, rows, columns]
+        let patches = conv2d(&self.projection, pixels); // [batch, hidden, rows, columns]
         let [batch, hidden, rows, columns] = patches.dims();
         let patches = patches.flatten::<3>(2, 3).swap_dims(1, 2); // [batch, rows · columns, hidden]
         let first = self.cls_token.val().expand([batch, 1, hidden]);
@@ -60,10 +60,6 @@ impl PatchEmbeddings {
         let first = table.clone().narrow(1, 0, 1);
         Tensor::cat(vec![first, weights.matmul(table.narrow(1, 1, side * side))], 1)
     }
-}
-
-fn conv(layer: &Conv2d, x: Tensor<4>) -> Tensor<4> {
-    layer.forward(x)
 }
 
 /// What each of `count` new places takes of `side` old ones. Keys 1981 with `a = −3/4`; beyond the border, the border repeats.

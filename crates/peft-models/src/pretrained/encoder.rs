@@ -50,7 +50,14 @@ impl PretrainedEncoder {
     /// As [`load`](Self::load); and when the checkpoint has a head of another size for the same task, a weight cannot be packed, or the device does not have the
     /// precision.
     pub fn load_with(source: &ModelSource, options: &EncoderOptions, device: &Device) -> Result<Self> {
-        let mut files = source.open()?;
+        Self::from_files(source.open()?, options, device)
+    }
+
+    /// [`load_with`](Self::load_with) from files that are open already.
+    ///
+    /// # Errors
+    /// As [`load_with`](Self::load_with).
+    pub fn from_files(mut files: ModelFiles, options: &EncoderOptions, device: &Device) -> Result<Self> {
         let Architecture::Encoder(mut config) = files.architecture()? else {
             return Err(Error::Unsupported {
                 what: format!("{}: a decoder where an encoder is to be loaded", files.name),

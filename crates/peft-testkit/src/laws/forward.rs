@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 
 use burn::module::{Module, Param};
-use burn::nn::Linear;
 use burn::nn::transformer::TransformerEncoderInput;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use peft_core::{LayerKind, Method, Site, attach};
+use peft_core::{Error, LayerKind, Method, Site, attach, scan};
 
 use super::{Layer, ROUNDING, Subject};
-use crate::stack::{BATCH, IDS, SEQ, VOCAB, WIDTH, ids, input};
+use crate::stack::{BATCH, EPSILON, IDS, SEQ, VOCAB, WIDTH, ids, input};
 use crate::state::{adapter, adapter_shapes, deviation, gradients, normal, worse};
 use crate::{Failure, Finding, Matrix, Outcome, Seam, Stack, fill_adapter, read};
 
@@ -30,9 +29,16 @@ pub(super) fn identity<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     Ok(Finding::Measured { deviation: worst, bound: subject.laws.identity })
 }
 
-/// The merged model is the adapted one.
+/// The merged model is the adapted one; or merging is refused, with the reason.
 pub(super) fn merge<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     let model = subject.random()?;
+    if let Some(reason) = subject.unmergeable()? {
+        return match peft_core::merge(model, subject.method()) {
+            Err(error @ Error::Merge { .. }) if error.to_string().contains(&reason) => Ok(Finding::Holds),
+            Err(error) => Err(format!("does not say that {reason}: {error}").into()),
+            Ok(_) => Err(format!("merged, though {reason}").into()),
+        };
+    }
     let merged = output(&peft_core::merge(model.clone(), subject.method())?, Seam::Weight)?;
     let mut worst: f64 = 0.0;
     for seam in subject.seams()? {
@@ -44,10 +50,12 @@ pub(super) fn merge<M: Method>(subject: &Subject<'_, M>) -> Outcome {
 /// The method works in a model that knows nothing of it: Burn's own encoder. Merging changes nothing, and every adapter tensor has a
 /// gradient.
 pub(super) fn encoder<M: Method>(subject: &Subject<'_, M>) -> Outcome {
-    if let Some(reason) = subject.weight_form_lacks()? {
+    let (encoder, method) = subject.encoder()?;
+    let (matcher, found) = (method.targets().matcher()?, scan(&encoder));
+    let mut adapted = found.sites.iter().filter(|site| matcher.matches(&site.path, Some(site.kind)));
+    if let Some(reason) = adapted.find_map(|site| method.needs_activation(site)) {
         return Ok(Finding::Skipped(reason));
     }
-    let (encoder, method) = subject.encoder()?;
     let model = fill_adapter(attach(encoder, &method, 0)?);
     let x = |device: &Device| TransformerEncoderInput::new(input(WIDTH, 3, device, DType::F32));
     let plain = subject.device.clone().without_autodiff();
@@ -80,13 +88,17 @@ pub(super) fn reference<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     Ok(Finding::Measured { deviation: worst, bound: ROUNDING })
 }
 
-fn weight_and_bias<'a>(model: &'a Stack, site: &Site) -> (&'a Param<Tensor<2>>, Option<&'a Param<Tensor<1>>>) {
-    let linear = |layer: &'a Linear| (&layer.weight, layer.bias.as_ref());
-    match site.path.as_str() {
+/// `[d_in, d_out]`, a norm's scale `[1, width]`; `[1, d_out]`.
+fn weight_and_bias(model: &Stack, site: &Site) -> Result<(Matrix, Option<Matrix>), Failure> {
+    let row = |vector: &Param<Tensor<1>>| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(vector.base())?)?);
+    let (weight, bias) = match site.path.as_str() {
+        "norm" => return Ok((row(&model.norm.gamma)?, model.norm.beta.as_ref().map(row).transpose()?)),
         "embed" => (&model.embed.weight, None),
-        "up" => linear(&model.up),
-        _ => linear(&model.down),
-    }
+        "up" => (&model.up.weight, model.up.bias.as_ref()),
+        _ => (&model.down.weight, model.down.bias.as_ref()),
+    };
+    let weight = Matrix::new(site.d_in, site.d_out, read(weight.base())?)?;
+    Ok((weight, bias.map(row).transpose()?))
 }
 
 fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
@@ -96,10 +108,9 @@ fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
             let hot = |at: usize| f64::from(u8::from(usize::try_from(IDS[at / VOCAB]) == Ok(at % VOCAB)));
             (0..rows * VOCAB).map(hot).collect()
         }
-        LayerKind::Linear | LayerKind::Conv1D => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
+        _ => normal(rows * site.d_in, 1.0, 3).into_iter().map(f64::from).collect(),
     };
-    let (weight, bias) = weight_and_bias(model, site);
-    let bias = bias.map(|bias| Ok::<_, Failure>(Matrix::new(1, site.d_out, read(bias.base())?)?)).transpose()?;
+    let (weight, bias) = weight_and_bias(model, site)?;
     let shapes = adapter_shapes(model);
     let mut fields = BTreeMap::new();
     for (name, values) in adapter(model)? {
@@ -108,27 +119,19 @@ fn layer<'a>(model: &Stack, site: &'a Site) -> Result<Layer<'a>, Failure> {
             fields.insert(field.to_owned(), Matrix::new(values.len() / columns.max(1), columns, values)?);
         }
     }
-    Ok(Layer {
-        site,
-        x: Matrix::new(rows, site.d_in, x)?,
-        weight: Matrix::new(site.d_in, site.d_out, read(weight.base())?)?,
-        bias,
-        fields,
-    })
+    Ok(Layer { site, x: Matrix::new(rows, site.d_in, x)?, weight, bias, fields })
 }
 
 fn layer_output(model: &Stack, site: &Site, seam: Seam) -> Result<Vec<f64>, Failure> {
     let device = site.device.clone().without_autodiff();
-    if site.kind == LayerKind::Embedding {
-        return read(match seam {
-            Seam::Weight => model.embed.forward(ids(&device)),
-            Seam::Activation => peft_core::embedding(&model.embed, ids(&device)),
-        });
-    }
-    let x = input(site.d_in, 3, &device, DType::F32);
-    let layer = if site.path == "up" { &model.up } else { &model.down };
-    read(match seam {
-        Seam::Weight => layer.forward(x),
-        Seam::Activation => peft_core::linear(layer, x),
+    let x = || input(site.d_in, 3, &device, DType::F32);
+    let linear = if site.path == "up" { &model.up } else { &model.down };
+    read(match (site.kind, seam) {
+        (LayerKind::Embedding, Seam::Weight) => model.embed.forward(ids(&device)),
+        (LayerKind::Embedding, Seam::Activation) => peft_core::embedding(&model.embed, ids(&device)),
+        (LayerKind::LayerNorm, Seam::Weight) => model.norm.forward(x()),
+        (LayerKind::LayerNorm, Seam::Activation) => peft_core::layer_norm(&model.norm, x(), EPSILON),
+        (_, Seam::Weight) => linear.forward(x()),
+        (_, Seam::Activation) => peft_core::linear(linear, x()),
     })
 }

@@ -33,6 +33,9 @@ pub(super) fn packed<M: Method>(subject: &Subject<'_, M>, code: Code, double_qua
             return Err(format!("a packed weight moved, {seam:?} seam").into());
         }
     }
+    if subject.unmergeable()?.is_some() {
+        return Ok(Finding::Measured { deviation: worst, bound: ROUNDING });
+    }
     let merged = output(&merge(over_packed.clone(), subject.method())?, Seam::Weight)?;
     worst = worse(worst, deviation(&merged, &output(&over_packed.valid(), Seam::Activation)?));
     Ok(Finding::Measured { deviation: worst, bound: ROUNDING })

@@ -30,29 +30,41 @@ pub struct Position {
     pub batch: usize,
 }
 
+/// What batches are made of.
+pub trait Example {
+    /// Several of them.
+    type Batch;
+
+    /// How much of a row it takes; examples that take alike meet in a batch.
+    fn length(&self) -> usize;
+
+    /// A batch of rows, each with one example, or with several where they are [packed](BatchOptions::pack).
+    fn batch(rows: &[Vec<&Self>], options: &BatchOptions) -> Self::Batch;
+}
+
 /// An endless source of batches, epoch after epoch. Each epoch has every sample exactly once, and all have equally many
 /// batches. The order depends on seed, epoch and samples alone.
 #[derive(Clone, Debug)]
-pub struct Batches {
-    samples: Vec<Sample>,
+pub struct Batches<E = Sample> {
+    samples: Vec<E>,
     options: BatchOptions,
     position: Position,
     plan: Plan,
 }
 
-impl Batches {
+impl<E: Example> Batches<E> {
     /// From the first batch of epoch 0.
     ///
     /// # Errors
     /// When there is no sample, `batch_size` is 0 or a sample is longer than a packed row.
-    pub fn new(samples: Vec<Sample>, options: BatchOptions) -> Result<Self> {
+    pub fn new(samples: Vec<E>, options: BatchOptions) -> Result<Self> {
         if samples.is_empty() {
-            return Err(Error::setting("samples", "there are none; give data with at least one token to learn"));
+            return Err(Error::setting("samples", "there are none; give data with something to learn"));
         }
         if options.batch_size == 0 {
             return Err(Error::setting("batch_size", "is 0; expected at least 1"));
         }
-        let longest = samples.iter().map(|sample| sample.ids().len()).max().unwrap_or(0);
+        let longest = samples.iter().map(E::length).max().unwrap_or(0);
         if let Some(capacity) = options.pack.filter(|&capacity| capacity < longest) {
             let what =
                 format!("a packed row holds {capacity} tokens, but a sample has {longest}; use the same max_len");
@@ -68,7 +80,7 @@ impl Batches {
     }
 
     /// The samples, in the order given.
-    pub fn samples(&self) -> &[Sample] {
+    pub fn samples(&self) -> &[E] {
         &self.samples
     }
 
@@ -98,7 +110,7 @@ impl Batches {
     }
 
     /// The next batch; after the last of an epoch comes the first of the next.
-    pub fn next_batch(&mut self) -> Batch {
+    pub fn next_batch(&mut self) -> E::Batch {
         let batch = self.batch(&self.plan[self.position.batch]);
         self.position.batch += 1;
         if self.position.batch == self.plan.len() {
@@ -109,19 +121,19 @@ impl Batches {
     }
 
     /// All batches of the current epoch from its start, as an evaluation wants them. The position does not move.
-    pub fn epoch(&self) -> impl Iterator<Item = Batch> {
+    pub fn epoch(&self) -> impl Iterator<Item = E::Batch> {
         self.plan.iter().map(|rows| self.batch(rows))
     }
 
-    fn batch(&self, rows: &[Vec<usize>]) -> Batch {
-        let rows: Vec<Vec<&Sample>> =
+    fn batch(&self, rows: &[Vec<usize>]) -> E::Batch {
+        let rows: Vec<Vec<&E>> =
             rows.iter().map(|row| row.iter().map(|&sample| &self.samples[sample]).collect()).collect();
-        Batch::new(&rows, self.options.pad, self.options.pack.is_some())
+        E::batch(&rows, &self.options)
     }
 }
 
-fn plan(samples: &[Sample], options: &BatchOptions, epoch: usize) -> Plan {
-    let lengths: Vec<usize> = samples.iter().map(|sample| sample.ids().len()).collect();
+fn plan<E: Example>(samples: &[E], options: &BatchOptions, epoch: usize) -> Plan {
+    let lengths: Vec<usize> = samples.iter().map(E::length).collect();
     let mut shuffler = Shuffler::new(options.seed, epoch as u64);
     match options.pack {
         Some(capacity) => packed(&lengths, options.batch_size, capacity, &mut shuffler),
@@ -143,6 +155,18 @@ pub struct Batch {
     pub positions: Option<Vec<Vec<u32>>>,
     /// What fills up.
     pub pad: u32,
+}
+
+impl Example for Sample {
+    type Batch = Batch;
+
+    fn length(&self) -> usize {
+        self.ids().len()
+    }
+
+    fn batch(rows: &[Vec<&Self>], options: &BatchOptions) -> Batch {
+        Batch::new(rows, options.pad, options.pack.is_some())
+    }
 }
 
 impl Batch {
@@ -292,7 +316,7 @@ mod tests {
 
     #[test]
     fn what_cannot_work_is_refused() {
-        assert!(Batches::new(Vec::new(), options(None)).is_err());
+        assert!(Batches::new(Vec::<Sample>::new(), options(None)).is_err());
         assert!(Batches::new(samples(3), BatchOptions { batch_size: 0, ..options(None) }).is_err());
         let error = Batches::new(samples(50), options(Some(10))).unwrap_err().to_string();
         assert!(error.contains("holds 10 tokens, but a sample has 24"), "{error}");

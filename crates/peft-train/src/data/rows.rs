@@ -1,13 +1,12 @@
 //! Reading a data file into rows. The format is decided row by row, by its keys.
 
-use std::fs;
 use std::path::Path;
 
 use peft_models::chat::Message;
 use serde_json::{Map, Value};
 
-use crate::error::Place;
-use crate::{Error, Result};
+use super::file::{DataFile, keys, kind, text};
+use crate::Result;
 
 /// One example of a data file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,48 +49,11 @@ const FORMATS: &str = "\"messages\" (role, content), \"conversations\" (from, va
 /// # Errors
 /// When the file cannot be read, is empty, is not UTF-8 or JSON, or has a row of no known format.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
-    let error = |place, what: String| Error::Data { path: path.to_owned(), place, what };
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-    if !matches!(extension.as_str(), "json" | "jsonl" | "txt") {
-        let what = format!("the name ends in {extension:?}; expected .json, .jsonl or .txt");
-        return Err(error(Place::Line(1), what));
+    let file = DataFile::open(path, &["json", "jsonl", "txt"])?;
+    if file.extension == "txt" {
+        return Ok(vec![Row::Text { text: file.text().to_owned() }]);
     }
-    let bytes = fs::read(path).map_err(Error::io(path))?;
-    let text = std::str::from_utf8(&bytes).map_err(|e| {
-        let before = &bytes[..e.valid_up_to()];
-        let line = before.iter().filter(|&&b| b == b'\n').count() + 1;
-        let column = before.iter().rev().take_while(|&&b| b != b'\n').count() + 1;
-        error(Place::Column(line, column), "this byte is not UTF-8; convert the file to UTF-8".into())
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    if text.trim().is_empty() {
-        return Err(error(Place::Line(1), "the file is empty; expected at least one row".into()));
-    }
-    if extension == "txt" {
-        return Ok(vec![Row::Text { text: text.to_owned() }]);
-    }
-    let rows: Vec<Row> = if extension == "json" && text.trim_start().starts_with('[') {
-        let values: Vec<Value> =
-            serde_json::from_str(text).map_err(|e| error(Place::Column(e.line(), e.column()), json_error(&e)))?;
-        let row = |(index, value)| parse_row(value).map_err(|what| error(Place::Row(index + 1), what));
-        values.into_iter().enumerate().map(row).collect::<Result<_>>()?
-    } else {
-        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let row = |(index, line): (usize, &str)| {
-            let value = serde_json::from_str(line).map_err(|e| {
-                let what =
-                    format!("{}; expected one JSON object per line, or a .json file with one array", json_error(&e));
-                error(Place::Column(index + 1, e.column()), what)
-            })?;
-            parse_row(value).map_err(|what| error(Place::Line(index + 1), what))
-        };
-        lines.map(row).collect::<Result<_>>()?
-    };
-    if rows.is_empty() {
-        Err(error(Place::Line(1), "the array is empty; expected at least one row".into()))
-    } else {
-        Ok(rows)
-    }
+    file.json_rows(parse_row)
 }
 
 /// Replaces `{{key}}` by its value in every text of every row, as data sets with a placeholder for the model's name
@@ -121,13 +83,6 @@ pub fn substitute(rows: &mut [Row], values: &[(&str, &str)]) -> usize {
     count
 }
 
-/// The message of a JSON error without its place, which is reported apart.
-fn json_error(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    let message = message.split(" at line ").next().unwrap_or(&message);
-    format!("not valid JSON: {message}")
-}
-
 fn parse_row(value: Value) -> std::result::Result<Row, String> {
     let Value::Object(row) = value else {
         return Err(format!("expected an object, found {}", kind(&value)));
@@ -144,8 +99,7 @@ fn parse_row(value: Value) -> std::result::Result<Row, String> {
     } else if row.contains_key("text") {
         Ok(Row::Text { text: text(&row, "text")? })
     } else {
-        let found: Vec<String> = row.keys().take(12).map(|key| format!("{key:?}")).collect();
-        Err(format!("expected {FORMATS}; found the keys {}", found.join(", ")))
+        Err(format!("expected {FORMATS}; found the keys {}", keys(&row)))
     }
 }
 
@@ -188,29 +142,12 @@ fn part(part: &Value) -> std::result::Result<String, String> {
     }
 }
 
-fn text(row: &Map<String, Value>, key: &str) -> std::result::Result<String, String> {
-    match row.get(key) {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Err(format!("{key:?}: expected a string, found {}", kind(other))),
-        None => Err(format!("{key:?} is missing")),
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(items) if items.is_empty() => "an empty list",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::Error;
 
     fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Row>> {
         let dir = tempfile::tempdir().unwrap();

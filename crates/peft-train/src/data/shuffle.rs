@@ -3,7 +3,6 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::encode::Sample;
 use crate::{Error, Result};
 
 /// A seeded source of orders. Fisher and Yates' method is written out, since a library may change its own between versions.
@@ -39,7 +38,7 @@ impl Shuffler {
 ///
 /// # Errors
 /// When there are fewer than two samples, or `fraction` is not between 0 and 1.
-pub fn split(samples: Vec<Sample>, fraction: f64, seed: u64) -> Result<(Vec<Sample>, Vec<Sample>)> {
+pub fn split<T>(samples: Vec<T>, fraction: f64, seed: u64) -> Result<(Vec<T>, Vec<T>)> {
     let count = samples.len();
     if !(fraction > 0.0 && fraction < 1.0) {
         return Err(Error::setting("fraction", format!("is {fraction}; expected a number between 0 and 1")));
@@ -64,6 +63,7 @@ pub fn split(samples: Vec<Sample>, fraction: f64, seed: u64) -> Result<(Vec<Samp
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Sample;
 
     fn samples(count: u32) -> Vec<Sample> {
         (0..count).map(|i| Sample::new(vec![i, i], vec![true; 2]).unwrap()).collect()

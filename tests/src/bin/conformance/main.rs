@@ -1,16 +1,20 @@
-//! Every check on one device: the laws for LoRA, the custom operations, golden logits, and a short training next to the same on Burn's default CPU backend.
+//! Every check on one device: the laws for each method, the custom operations, golden logits, and a short training next to the same on Burn's default CPU backend.
 //!
 //! `cargo xtask test-backends` runs it once per backend. Exit code 0 when no check failed, 1 when one did, and 3 when the device cannot be
 //! had; then the last line on standard error says why.
 
-mod models;
+#[path = "../../../../crates/peft-adapter/tests/statement/mod.rs"]
+mod adapter;
 #[path = "../../../../crates/peft-lora/tests/statement/mod.rs"]
-mod statement;
+mod lora;
+mod models;
 
 use std::process::ExitCode;
 
+use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use peft_testkit::{Check, operations, table};
+use peft_core::Method;
+use peft_testkit::{Check, Laws, operations, table};
 
 /// Runs every check on one device.
 #[derive(Parser)]
@@ -84,15 +88,13 @@ fn main() -> ExitCode {
     };
     let slow =
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
-    let mut laws = statement::laws(statement::lora());
     let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
-    if !cpu {
-        laws = laws.fused();
-    }
-    if let Some(reason) = slow {
-        laws = laws.skip("encoder", reason);
-    }
-    let mut checks = laws.run_with(&device, report);
+    let runner = Runner { device: &device, fuses: !cpu, slow, report: &report };
+    let mut checks = runner.laws("lora", lora::laws(lora::lora()));
+    checks.extend(runner.laws("ia3", adapter::ia3_laws(adapter::ia3())));
+    checks.extend(runner.laws("ssf", adapter::ssf_laws(adapter::ssf())));
+    checks.extend(runner.laws("ln-tuning", adapter::ln_tuning_laws()));
+    checks.extend(runner.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
     // Drivers may have f64 and yet no exponential of it.
     for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));
@@ -111,4 +113,29 @@ fn main() -> ExitCode {
         print!("{}", table(&checks));
     }
     ExitCode::from(u8::from(checks.iter().any(Check::failed)))
+}
+
+/// How laws are looked at on this device.
+struct Runner<'a> {
+    device: &'a Device,
+    /// Whether operations are fused into kernels.
+    fuses: bool,
+    /// Why whole models are left out.
+    slow: Option<&'a str>,
+    report: &'a dyn Fn(&Check),
+}
+
+impl Runner<'_> {
+    /// The laws of one method, whose name comes before theirs.
+    fn laws<M: Method>(&self, method: &str, mut laws: Laws<M>) -> Vec<Check> {
+        if self.fuses {
+            laws = laws.fused();
+        }
+        if let Some(reason) = self.slow {
+            laws = laws.skip("encoder", reason);
+        }
+        let named = |check: &Check| Check { name: format!("{method} {}", check.name), ..check.clone() };
+        let checks = laws.run_with(self.device, |check| (self.report)(&named(check)));
+        checks.iter().map(named).collect()
+    }
 }

@@ -10,7 +10,7 @@ use peft_models::encoder::{Input, Text};
 use peft_models::{CausalLm, ModelSource, Pretrained, PretrainedEncoder};
 use peft_testkit::{Failure, Finding, Golden, Outcome, difference, read};
 use peft_train::data::{BatchOptions, Batches, Sample};
-use peft_train::{AdapterOf, Record, Stop, TrainConfig, read_metrics, train};
+use peft_train::{AdapterOf, NextToken, Record, Stop, TrainConfig, read_metrics, train};
 
 /// Largest difference of a logit, and of a loss after optimizer steps.
 const BOUND: f64 = 1e-4;
@@ -120,7 +120,7 @@ fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
     let config = TrainConfig { steps: 3, learning_rate: 1e-2, ..TrainConfig::default() };
     let trained = AdapterOf::new(method, "llama");
     let dir = tempfile::tempdir()?;
-    train(model, &trained, batches, None, &config, dir.path(), false, &device, &Stop::new(false))?;
+    train(&NextToken, model, &trained, batches, None, &config, dir.path(), false, &device, &Stop::new(false))?;
     let loss = |record| match record {
         Record::Step(step) => Some(step.loss),
         Record::Eval(_) => None,

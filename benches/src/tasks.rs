@@ -1,0 +1,177 @@
+//! What methods reach on a task, and what they cost: `peft train` and `peft eval` for each method and seed, each run a process of its own.
+//!
+//! ```text
+//! cargo xtask fetch minilm vader
+//! cargo build --release -p peft-cli
+//! cargo run --release -p peft-benches -- tasks --peft target/release/peft --model data/minilm --data data/vader/film-polarity --out runs/tasks
+//! ```
+//! `--data` is the beginning of three names: `…-train.csv`, `…-valid.csv` and `…-test.csv`. The model that is tested is the best on the second.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::Value;
+
+use crate::Outcome;
+
+#[derive(Args)]
+pub(crate) struct Tasks {
+    /// The program
+    #[arg(long, value_name = "FILE")]
+    peft: PathBuf,
+    /// An encoder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// The beginning of the names of the data
+    #[arg(long, value_name = "PREFIX")]
+    data: PathBuf,
+    /// Where the runs go; those that are there already are not repeated
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Methods to run [default: all]
+    #[arg(long, value_delimiter = ',')]
+    methods: Vec<String>,
+    /// Runs of each, with the seeds from 1
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// Passes over the data
+    #[arg(long, default_value_t = 2.0)]
+    epochs: f64,
+    /// Rows of a batch
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    /// Most tokens of a text
+    #[arg(long, default_value_t = 64)]
+    max_len: usize,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = 200)]
+    eval_every: usize,
+    /// What is compared, by its name in `peft eval --json`
+    #[arg(long, default_value = "accuracy")]
+    measure: String,
+}
+
+/// A method with the settings that are usual for it, on BERT's names.
+const METHODS: [(&str, &[&str]); 10] = [
+    ("full", &["--method", "full", "--lr", "5e-5"]),
+    ("head", &["--method", "head", "--lr", "1e-2"]),
+    ("lora", &["--method", "lora", "--targets", "query,value", "--rank", "8", "--alpha", "16", "--lr", "1e-3"]),
+    (
+        "ia3",
+        &["--method", "ia3", "--targets", "key,value,output.dense", "--feedforward", "output.dense", "--lr", "1e-2"],
+    ),
+    ("ssf", &["--method", "ssf", "--targets", "query,key,value,dense,LayerNorm", "--lr", "2e-3"]),
+    ("bitfit", &["--method", "bitfit", "--targets", "query,key,value,dense", "--lr", "2e-3"]),
+    ("ln-tuning", &["--method", "ln-tuning", "--targets", "LayerNorm", "--lr", "5e-3"]),
+    ("houlsby", &["--method", "houlsby", "--lr", "1e-3"]),
+    ("pfeiffer", &["--method", "pfeiffer", "--lr", "1e-3"]),
+    ("parallel", &["--method", "parallel", "--lr", "1e-3"]),
+];
+
+/// What a run reached.
+struct Reached {
+    measure: f64,
+    trained: f64,
+    seconds: f64,
+    mib: f64,
+}
+
+impl Tasks {
+    pub(crate) fn run(&self) -> Outcome<()> {
+        let known: Vec<&str> = METHODS.iter().map(|(name, _)| *name).collect();
+        if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
+            return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
+        }
+        println!("| method | {} | trained parameters | time | peak memory |", self.measure);
+        println!("|---|---|---|---|---|");
+        let wanted = |name: &str| self.methods.is_empty() || self.methods.iter().any(|method| method == name);
+        for (name, flags) in METHODS.iter().filter(|(name, _)| wanted(name)) {
+            let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
+            let (mean, deviation) = spread(&runs, |run| run.measure);
+            let [trained, seconds, mib] =
+                [|run: &Reached| run.trained, |run: &Reached| run.seconds, |run: &Reached| run.mib]
+                    .map(|of| spread(&runs, of).0);
+            println!("| {name} | {mean:.4} ± {deviation:.4} | {trained:.0} | {seconds:.0} s | {mib:.0} MiB |");
+        }
+        Ok(())
+    }
+
+    /// One run, or what it wrote down when it was done before.
+    fn one(&self, name: &str, flags: &[&str], seed: u64) -> Outcome<Reached> {
+        let out = self.out.join(format!("{name}-{seed}"));
+        let note = out.join("reached.json");
+        if !note.is_file() {
+            let train = self.train(flags, seed, &out);
+            let (result, mib) = watch(train)?;
+            let mut eval = Command::new(&self.peft);
+            if out.join("adapter_config.json").is_file() {
+                eval.args(["eval", "--json", "--model"]).arg(&self.model).arg("--adapter").arg(&out);
+            } else {
+                eval.args(["eval", "--json", "--model"]).arg(&out);
+            }
+            eval.args(["--max-len", &self.max_len.to_string(), "--data"]).arg(self.part("test"));
+            let (tested, _) = watch(eval)?;
+            let reached = serde_json::json!({ "train": result, "test": tested, "mib": mib });
+            std::fs::write(&note, format!("{reached:#}\n"))?;
+        }
+        let reached: Value = serde_json::from_str(&std::fs::read_to_string(&note)?)?;
+        let missing = |what: &str| format!("{}: no {what}", note.display());
+        let number = |value: &Value, what: &str| value.as_f64().ok_or_else(|| missing(what));
+        Ok(Reached {
+            measure: number(&reached["test"][&self.measure], &self.measure)?,
+            trained: number(&reached["train"]["parameters"]["trainable"], "trainable")?,
+            seconds: number(&reached["train"]["seconds"], "seconds")?,
+            mib: number(&reached["mib"], "mib")?,
+        })
+    }
+
+    fn train(&self, flags: &[&str], seed: u64, out: &Path) -> Command {
+        let mut command = Command::new(&self.peft);
+        command.args(["train", "--json", "--overwrite", "--model"]).arg(&self.model).arg("--out").arg(out);
+        command.arg("--data").arg(self.part("train")).arg("--eval-data").arg(self.part("valid"));
+        let numbers = [
+            ("--epochs", self.epochs.to_string()),
+            ("--batch-size", self.batch_size.to_string()),
+            ("--max-len", self.max_len.to_string()),
+            ("--eval-every", self.eval_every.to_string()),
+            ("--seed", seed.to_string()),
+        ];
+        command.args(numbers.iter().flat_map(|(flag, value)| [*flag, value.as_str()])).args(flags);
+        command
+    }
+
+    fn part(&self, part: &str) -> PathBuf {
+        let mut path = self.data.clone().into_os_string();
+        path.push(format!("-{part}.csv"));
+        path.into()
+    }
+}
+
+/// The JSON object that a command prints, and the largest memory that it was seen to hold, in MiB.
+fn watch(mut command: Command) -> Outcome<(Value, f64)> {
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    // The kernel keeps the peak itself, so that looking now and then misses only what the last moment adds.
+    let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0.0_f64);
+    while child.try_wait()?.is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let kib =
+            text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
+        peak = peak.max(kib.unwrap_or(0.0));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        return Err(format!("{command:?}: {}", output.status).into());
+    }
+    Ok((serde_json::from_slice(&output.stdout)?, peak / 1024.0))
+}
+
+/// Mean and standard deviation of a sample.
+fn spread(runs: &[Reached], of: impl Fn(&Reached) -> f64) -> (f64, f64) {
+    let count = runs.len().max(1) as f64;
+    let mean = runs.iter().map(&of).sum::<f64>() / count;
+    let squares = runs.iter().map(|run| (of(run) - mean).powi(2)).sum::<f64>();
+    (mean, (squares / (count - 1.0).max(1.0)).sqrt())
+}

@@ -1,0 +1,178 @@
+//! (IA)³: trained factors on what frozen layers compute. Liu et al. 2022, arXiv:2205.05638, section 3.3.
+//!
+//! - formula: `y = l ⊙ (x·W + b)`, `l: [d_out]`; in feed-forward modules `y = (l ⊙ x)·W + b`, `l: [d_in]`
+//! - trained: `d_out` or `d_in` values a weight
+//! - at init: identity, since `l = 1`, unless `init_ia3_weights` is `false`
+//!
+//! The paper scales keys, values and what enters the second layer of the feed-forward part: `k_proj`, `v_proj` and, as a feed-forward module,
+//! `down_proj`.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, Param, Reparameterization};
+use burn::tensor::Tensor;
+use peft_core::files::{HubFolder, Values};
+use peft_core::{Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Names, Result, Site, Targets};
+use serde::{Deserialize, Serialize};
+
+use crate::hub;
+
+/// Configuration of (IA)³; its JSON is Hugging Face's `adapter_config.json`.
+///
+/// ```
+/// use burn::{nn::LinearConfig, tensor::{Device, Tensor}};
+/// use peft_adapter::Ia3Config;
+/// use peft_core::{Peft, Targets, linear};
+///
+/// #[derive(burn::module::Module, Debug)]
+/// struct Model { key: burn::nn::Linear, down: burn::nn::Linear }
+///
+/// let device = Device::flex().autodiff();
+/// let layer = |d_in, d_out| LinearConfig::new(d_in, d_out).with_bias(false).init(&device);
+/// let model = Model { key: layer(16, 8), down: layer(64, 16) };
+/// let ia3 = Ia3Config::new(Targets::modules(["key", "down"])).with_feedforward(["down"]);
+/// let model = model.attach(&ia3)?;
+/// assert_eq!(model.trainable().trainable, 8 + 64);
+/// let y = linear(&model.key, Tensor::<2>::ones([1, 16], &device));
+/// # Ok::<(), peft_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ia3Config {
+    /// The modules whose input is scaled in place of their output: ends of names, each one of `target_modules` too, or a regular expression.
+    pub feedforward_modules: Names,
+    /// Start as the identity; `false`, which is for tests, starts at `N(0, 1)`.
+    pub init_ia3_weights: bool,
+    /// Whether the file's base weights are `[d_in, d_out]`, as GPT-2's. Written for Hugging Face; here the layer itself knows.
+    pub fan_in_fan_out: bool,
+    /// Which layers.
+    #[serde(flatten)]
+    pub targets: Targets,
+}
+
+impl Default for Ia3Config {
+    fn default() -> Self {
+        // Not null, for which Python would take the modules that it knows for the architecture.
+        let feedforward_modules = Names::List(Vec::new());
+        Self { feedforward_modules, init_ia3_weights: true, fan_in_fan_out: false, targets: Targets::default() }
+    }
+}
+
+impl Ia3Config {
+    /// (IA)³ on the output of `targets`.
+    pub fn new(targets: Targets) -> Self {
+        Self { targets, ..Self::default() }
+    }
+
+    /// Sets the ends of the names of the modules whose input is scaled.
+    #[must_use]
+    pub fn with_feedforward<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        Self { feedforward_modules: Names::List(names.into_iter().map(Into::into).collect()), ..self }
+    }
+
+    /// Whether the module `path` is scaled at its input.
+    ///
+    /// # Errors
+    /// When `feedforward_modules` is no regular expression.
+    pub fn is_feedforward(&self, path: &str) -> Result<bool> {
+        self.feedforward_modules.name(FEEDFORWARD, path)
+    }
+}
+
+const FEEDFORWARD: &str = "feedforward_modules";
+
+/// State of [`Ia3Config`] in one weight.
+#[derive(Module, Debug)]
+pub struct Ia3Adapter {
+    /// `[1, d_out]`, or `[d_in, 1]` in a feed-forward module: as it multiplies the weight.
+    pub l: Param<Tensor<2>>,
+    /// Whether the input is scaled.
+    pub feedforward: bool,
+}
+
+impl Method for Ia3Config {
+    const PEFT_TYPE: &'static str = "IA3";
+    type Adapter = Ia3Adapter;
+
+    fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    fn check(&self) -> Result<()> {
+        self.is_feedforward("")?;
+        let (Names::List(feedforward), Some(Names::List(targets))) =
+            (&self.feedforward_modules, &self.targets.target_modules)
+        else {
+            return Ok(());
+        };
+        match feedforward.iter().find(|name| !targets.contains(name)) {
+            Some(name) => Err(Error::config(FEEDFORWARD, format!("some of the target_modules {targets:?}"), name)),
+            None => Ok(()),
+        }
+    }
+
+    fn init(&self, site: &Site, seed: u64) -> Result<Ia3Adapter> {
+        let feedforward = self.is_feedforward(&site.path)?;
+        let shape = if feedforward { [site.d_in, 1] } else { [1, site.d_out] };
+        let l = if self.init_ia3_weights {
+            site.param(shape, || 1.0)
+        } else {
+            site.normal(shape, 1.0, &mut site.rng(seed))
+        };
+        Ok(Ia3Adapter { l, feedforward })
+    }
+
+    fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
+        &[FileTensor { field: "l", key: "ia3_l", transposed: true }]
+    }
+
+    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
+        hub::ia3::read(folder).map(Some)
+    }
+
+    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
+        hub::ia3::write(file, name).map(Some)
+    }
+
+    fn activation(adapter: &Ia3Adapter) -> Option<&dyn Activation> {
+        Some(adapter)
+    }
+
+    fn needs_activation(&self, site: &Site) -> Option<String> {
+        // A regular expression that does not compile was refused by `check`.
+        let scales_bias = site.has_bias && !self.is_feedforward(&site.path).unwrap_or(false);
+        scales_bias.then(|| "(IA)³ scales the layer's bias".to_owned())
+    }
+}
+
+impl Reparameterization for Ia3Adapter {
+    const NAME: &'static str = "ia3";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        let (dtype, l) = (base.dtype(), self.l.val());
+        let shape = l.shape();
+        (base.cast(l.dtype()) * l.reshape::<D, _>(shape)).cast(dtype)
+    }
+}
+
+impl Activation for Ia3Adapter {
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
+        Some(if self.feedforward {
+            base.linear(scaled(x, self.l.val().transpose()))
+        } else {
+            scaled(base.linear(x), self.l.val())
+        })
+    }
+
+    fn shift(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
+        let bias = bias.filter(|_| !self.feedforward)?;
+        let l: Tensor<1> = self.l.val().squeeze_dim(0);
+        Some(bias.clone().cast(l.dtype()) * (l - 1.0))
+    }
+}
+
+/// `l ⊙ x` in the type of `x`: `[rows, width]` and `[1, width]` to `[rows, width]`.
+fn scaled(x: Tensor<2>, l: Tensor<2>) -> Tensor<2> {
+    let dtype = x.dtype();
+    (x.cast(l.dtype()) * l).cast(dtype)
+}

@@ -1,0 +1,65 @@
+//! What the methods state of themselves, for the laws: here and in the comparison over all backends.
+
+use peft_adapter::{BitFitConfig, Ia3Config, LnTuningConfig, SsfConfig};
+use peft_core::{Names, Result, Site, Targets};
+use peft_testkit::{Laws, Layer, Matrix};
+
+/// What no field accepts as a regular expression.
+const NO_PATTERN: &str = "(";
+
+/// (IA)³ on the output of `up` and the input of `down`.
+pub(crate) fn ia3() -> Ia3Config {
+    let feedforward_modules = Names::Pattern("down".to_owned());
+    Ia3Config { feedforward_modules, ..Ia3Config::new(Targets::modules(["up", "down"])) }
+}
+
+/// The laws for a configuration of (IA)³.
+pub(crate) fn ia3_laws(method: Ia3Config) -> Laws<Ia3Config> {
+    Laws::new(method, params, ("feedforward_modules", NO_PATTERN.into())).with_reference(infused)
+}
+
+/// `d_in` in feed-forward modules, `d_out` in all others.
+fn params(method: &Ia3Config, site: &Site) -> usize {
+    if matches!(method.is_feedforward(&site.path), Ok(true)) { site.d_in } else { site.d_out }
+}
+
+/// `l ⊙ (x·W + b)` or `(l ⊙ x)·W + b`.
+fn infused(method: &Ia3Config, layer: &Layer<'_>) -> Result<Matrix> {
+    let l = Matrix::new(1, layer.field("l")?.values().len(), layer.field("l")?.values().to_vec())?;
+    if method.is_feedforward(&layer.site.path)? {
+        layer.base(&layer.x.scale_by(&l)?)
+    } else {
+        layer.base(&layer.x)?.scale_by(&l)
+    }
+}
+
+/// SSF behind the layers with a bias, which are those that it can be merged into.
+pub(crate) fn ssf() -> SsfConfig {
+    SsfConfig::new(Targets::modules(["up", "norm"]))
+}
+
+/// The laws for a configuration of SSF.
+pub(crate) fn ssf_laws(method: SsfConfig) -> Laws<SsfConfig> {
+    Laws::new(method, |_, site| 2 * site.d_out, ("target_modules", NO_PATTERN.into()))
+        .with_reference(|_, layer| layer.base(&layer.x)?.scale_by(layer.field("scale")?)?.plus(layer.field("shift")?))
+}
+
+/// The laws for LN tuning.
+pub(crate) fn ln_tuning_laws() -> Laws<LnTuningConfig> {
+    let method = LnTuningConfig::new(Targets::modules(["norm"]));
+    Laws::new(method, |_, site| 2 * site.d_out, ("target_modules", NO_PATTERN.into())).with_reference(|_, layer| {
+        let (weight, bias) = (layer.field("weight")?.clone(), Some(layer.field("bias")?.clone()));
+        Layer { weight, bias, ..layer.clone() }.base(&layer.x)
+    })
+}
+
+/// BitFit of every bias.
+pub(crate) fn bitfit() -> BitFitConfig {
+    BitFitConfig::new(Targets::modules(["up", "norm"]))
+}
+
+/// The laws for a configuration of BitFit.
+pub(crate) fn bitfit_laws(method: BitFitConfig) -> Laws<BitFitConfig> {
+    Laws::new(method, |_, site| site.d_out, ("target_modules", NO_PATTERN.into()))
+        .with_reference(|_, layer| layer.base(&layer.x)?.plus(layer.field("bias")?))
+}

@@ -1,0 +1,59 @@
+//! Where a run goes: a folder that must not hold another run's work.
+
+use std::path::{Path, PathBuf};
+
+use peft_core::files::{CONFIG_FILE, TENSOR_FILE};
+
+use crate::{Error, Result};
+
+/// Where the run goes.
+pub(super) struct Place<'a> {
+    pub dir: &'a Path,
+    pub resume: bool,
+    pub overwrite: bool,
+}
+
+impl Place<'_> {
+    /// Refuses a folder that holds another run's work, before anything is read.
+    pub(super) fn check(&self) -> Result<()> {
+        let checkpoints = self.checkpoints()?;
+        if self.resume {
+            let what = || format!("--resume: {} holds no checkpoint", self.dir.display());
+            return if checkpoints.is_empty() {
+                Err(Error::usage(what(), "leave --resume out to begin again"))
+            } else {
+                Ok(())
+            };
+        }
+        let made = [CONFIG_FILE, TENSOR_FILE, "config.json"].iter().any(|name| self.dir.join(name).exists());
+        if (made || !checkpoints.is_empty()) && !self.overwrite {
+            let what = format!("--out {}: there is an adapter, a model or a checkpoint already", self.dir.display());
+            return Err(Error::usage(what, "--resume to go on, --overwrite to replace it, or another folder"));
+        }
+        Ok(())
+    }
+
+    /// Removes what would be mistaken for this run's; the adapter itself stays until the new one replaces it.
+    pub(super) fn prepare(&self) -> Result<()> {
+        if self.resume {
+            return Ok(());
+        }
+        let best = self.dir.join("best");
+        for old in self.checkpoints()?.into_iter().chain(best.is_dir().then_some(best)) {
+            std::fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+        }
+        Ok(())
+    }
+
+    fn checkpoints(&self) -> Result<Vec<PathBuf>> {
+        let entries = match std::fs::read_dir(self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Error::io(self.dir)(e)),
+        };
+        let paths: std::io::Result<Vec<PathBuf>> = entries.map(|entry| Ok(entry?.path())).collect();
+        let named =
+            |path: &PathBuf| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("checkpoint-"));
+        Ok(paths.map_err(Error::io(self.dir))?.into_iter().filter(named).collect())
+    }
+}

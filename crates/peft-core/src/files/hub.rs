@@ -1,0 +1,160 @@
+//! AdapterHub's layout: `adapter_config.json` with an object `config`, and `adapter.safetensors` or `pytorch_adapter.bin`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::torch::read_torch;
+use super::{AdapterFile, CONFIG_FILE, Values, read_config, read_values, write_atomically, write_values};
+use crate::{Error, Method, Problem, Result};
+
+/// The tensors' file name.
+pub const HUB_TENSOR_FILE: &str = "adapter.safetensors";
+/// What older versions wrote: a pickle, of which tensors are read and nothing is run.
+const HUB_TORCH_FILE: &str = "pytorch_adapter.bin";
+
+/// What a folder in AdapterHub's layout holds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HubFolder {
+    /// The object `config`: what the method is.
+    pub config: Map<String, Value>,
+    /// The adapter's name, which is part of each key.
+    pub name: String,
+    /// Name of the base model.
+    pub model: Option<String>,
+    /// Tensors by key.
+    pub tensors: BTreeMap<String, Values>,
+}
+
+/// The `peft_type` of what the JSON of an AdapterHub folder describes; nothing for another layout.
+pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
+    let config = json.get("config").and_then(Value::as_object)?;
+    let text = |key: &str| config.get(key).and_then(Value::as_str);
+    match (text("architecture"), text("composition_mode")) {
+        (None, _) => Some("BOTTLENECK"),
+        (Some("lora"), Some("scale")) => Some("IA3"),
+        (Some("lora"), _) => Some("LORA"),
+        _ => None,
+    }
+}
+
+impl HubFolder {
+    /// Reads a folder.
+    ///
+    /// # Errors
+    /// When a file is missing or malformed.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG_FILE);
+        let mut json = read_config(&path)?;
+        let text = |key: &str| json.get(key).and_then(Value::as_str).map(str::to_owned);
+        let name = text("name").ok_or_else(|| Error::format(&path, "no `name` of the adapter"))?;
+        let model = text("model_name");
+        let Some(Value::Object(config)) = json.remove("config") else {
+            return Err(Error::format(&path, "no object `config`"));
+        };
+        let safe = dir.join(HUB_TENSOR_FILE);
+        let tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
+        Ok(Self { config, name, model, tensors })
+    }
+
+    /// Writes a folder; see [`write_atomically`].
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let model_type = self.tensors.keys().next().and_then(|key| key.split('.').next());
+        let json = serde_json::json!({
+            "config": self.config,
+            "model_class": null,
+            "model_name": self.model,
+            "model_type": model_type,
+            "name": self.name,
+            "version": "adapters.1.3.0",
+        });
+        let json = serde_json::to_string_pretty(&json).map_err(|e| Error::format(dir, e.to_string()))?;
+        let tensors = self.tensors.iter().map(|(key, values)| (key.clone(), values));
+        let tensors = write_values(tensors, &dir.join(HUB_TENSOR_FILE))?;
+        write_atomically(dir, &[(HUB_TENSOR_FILE, &tensors), (CONFIG_FILE, json.as_bytes())])
+    }
+
+    /// The tensors of one kind of adapter: each by the path of its module, and by what follows the adapter's name.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] with every key that is of another kind; `dir` is for messages.
+    pub fn parts(&self, container: &str) -> Result<Vec<(&str, &str, &Values)>> {
+        let middle = format!(".{container}.{}.", self.name);
+        let mut problems = Vec::new();
+        let mut parts = Vec::new();
+        for (key, values) in &self.tensors {
+            match key.split_once(&middle) {
+                Some((module, rest)) => parts.push((module, rest, values)),
+                None => problems.push(Problem::Unknown { name: key.clone() }),
+            }
+        }
+        if problems.is_empty() { Ok(parts) } else { Err(Error::Tensors { path: HUB_TENSOR_FILE.into(), problems }) }
+    }
+}
+
+impl<M: Method> AdapterFile<M> {
+    /// What [`read`](Self::read) does in AdapterHub's layout.
+    pub(super) fn read_hub(dir: &Path) -> Result<Self> {
+        let folder = HubFolder::read(dir)?;
+        let read = M::from_hub(&folder)?;
+        let (method, tensors) = read.ok_or_else(|| Error::Method {
+            path: dir.join(CONFIG_FILE),
+            expected: format!("{} in AdapterHub's layout", M::PEFT_TYPE),
+            found: "a method that is not read from it".to_owned(),
+        })?;
+        method.check()?;
+        Ok(Self { method, base_model: folder.model, task_type: None, base_fingerprint: None, tensors })
+    }
+
+    /// Writes a folder in AdapterHub's layout, which its library loads by `load_adapter`.
+    ///
+    /// # Errors
+    /// When the method, or what this adapter makes of it, does not exist there; and when the file system refuses.
+    pub fn write_hub(&self, name: &str, dir: &Path) -> Result<()> {
+        let written = M::to_hub(self, name)?;
+        let folder = written.ok_or_else(|| Error::Method {
+            path: dir.to_owned(),
+            expected: "a method that AdapterHub's layout has".to_owned(),
+            found: M::PEFT_TYPE.to_owned(),
+        })?;
+        folder.write(dir)
+    }
+}
+
+/// The fields of `config` that say which layers have LoRA or (IA)³ there: projections of the attention, and both of the feed-forward part.
+///
+/// # Errors
+/// When one of the layers is none of these.
+pub fn layers_config<'a>(modules: impl IntoIterator<Item = &'a str>) -> Result<Map<String, Value>> {
+    let (mut matrices, mut intermediate, mut output) = (BTreeSet::new(), false, false);
+    for module in modules {
+        let names: Vec<&str> = module.rsplit('.').take(3).collect();
+        match names[..] {
+            ["query", ..] => drop(matrices.insert("q")),
+            ["key", ..] => drop(matrices.insert("k")),
+            ["value", ..] => drop(matrices.insert("v")),
+            ["dense", "intermediate", ..] => intermediate = true,
+            ["dense", "output", above] if above != "attention" => output = true,
+            _ => {
+                let expected = "query, key, value, intermediate.dense and output.dense, which AdapterHub's layout has";
+                return Err(Error::config("target_modules", expected, module));
+            }
+        }
+    }
+    let fields = serde_json::json!({
+        "attn_matrices": matrices,
+        "selfattn_lora": !matrices.is_empty(),
+        "intermediate_lora": intermediate,
+        "output_lora": output,
+        "architecture": "lora",
+        "leave_out": [],
+        "use_dora": false,
+        "use_gating": false,
+    });
+    let Value::Object(fields) = fields else { unreachable!("made as an object") };
+    Ok(fields)
+}

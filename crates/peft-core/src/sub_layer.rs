@@ -1,0 +1,77 @@
+//! The places of bottleneck adapters: where a sub-layer of a block ends.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+
+use crate::activation::adapter;
+
+/// A field of a model's block that stands for the end of one of its sub-layers, so that adapters can sit there; no parameter of the model.
+///
+/// By AdapterHub's convention a block calls the field after its attention `attention_adapters` and the one after its feed-forward part `output_adapters`.
+///
+/// ```
+/// use burn::{module::Module, nn::Linear, tensor::Tensor};
+/// use peft_core::{SubLayer, linear};
+///
+/// #[derive(Module, Debug)]
+/// struct Block { mlp: Linear, output_adapters: SubLayer }
+///
+/// impl Block {
+///     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+///         let y = linear(&self.mlp, x.clone());
+///         self.output_adapters.end(y, x, None) // y + x, with what adapters make of it
+///     }
+/// }
+/// ```
+#[derive(Module, Debug)]
+pub struct SubLayer {
+    /// As long as the model is wide; the adapter sits in it.
+    place: Param<Tensor<1>>,
+}
+
+/// The norm after a sub-layer, `[batch, seq, width]` to the same.
+pub type Norm<'a> = &'a dyn Fn(Tensor<3>) -> Tensor<3>;
+
+impl SubLayer {
+    /// What the field of the place is called.
+    pub(crate) const PLACE: &'static str = "place";
+
+    /// The end of a sub-layer of a model of that width.
+    pub fn new(width: usize, device: &Device) -> Self {
+        Self { place: Param::from_tensor(Tensor::zeros([width], device)).set_require_grad(false) }
+    }
+
+    /// Adds the output of a sub-layer to its input, and norms the sum where the model does so here: `norm(output + input)`.
+    ///
+    /// # Shapes
+    /// all `[batch, seq, width]`
+    pub fn end(&self, output: Tensor<3>, input: Tensor<3>, norm: Option<Norm<'_>>) -> Tensor<3> {
+        let end = End { output, input, norm };
+        match adapter(&self.place).flatten() {
+            Some(adapter) => adapter.sub_layer(end),
+            None => end.close(),
+        }
+    }
+}
+
+/// What a bottleneck adapter finds where a sub-layer ends.
+#[derive(Clone)]
+pub struct End<'a> {
+    /// What the sub-layer computed, `[batch, seq, width]`.
+    pub output: Tensor<3>,
+    /// What it was computed from, before any norm of the sub-layer's own: the residual stream.
+    pub input: Tensor<3>,
+    /// The norm of the sum, where the model has one here.
+    pub norm: Option<Norm<'a>>,
+}
+
+impl End<'_> {
+    /// `norm(output + input)`, as the model has it.
+    pub fn close(self) -> Tensor<3> {
+        let sum = self.output + self.input;
+        match self.norm {
+            Some(norm) => norm(sum),
+            None => sum,
+        }
+    }
+}

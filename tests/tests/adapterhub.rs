@@ -1,0 +1,181 @@
+//! Equality with AdapterHub's library: hidden states and logits of adapters and heads that it wrote. The files are made by `tools/golden/adapterhub.py`.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_adapter::{BottleneckConfig, Composition, Ia3Config, composed, read_fusion};
+use peft_core::files::{HubFolder, peft_type, read_torch, read_values};
+use peft_core::{AdapterFile, Error, Method, Peft, Strictness, load_adapter};
+use peft_lora::LoraConfig;
+use peft_models::encoder::{Input, Text};
+use peft_models::{Encoder, ModelSource, PretrainedEncoder};
+
+use crate::golden::{BOUND, deviation, floats, ints, testdata};
+
+/// Parts of AdapterHub's methods that are refused by name: the variant, and the field that the error names.
+const NOT_BUILT: [(&str, &str); 8] = [
+    ("seq_bn_inv", "inv_adapter"),
+    ("compacter_own_weight", "factorized_phm_W"),
+    ("compacter_shared_weight", "shared_W_phm"),
+    ("lora_gating", "use_gating"),
+    ("fusion", ""),
+    ("fusion_options", ""),
+    ("fusion_static", ""),
+    ("composition", ""),
+];
+
+#[derive(serde::Deserialize)]
+struct Case {
+    path: String,
+    base: String,
+    variant: String,
+}
+
+fn cases() -> Vec<Case> {
+    serde_json::from_str(&std::fs::read_to_string(testdata().join("adapterhub/cases.json")).unwrap()).unwrap()
+}
+
+fn base(name: &str) -> Encoder {
+    let source = ModelSource::Dir(testdata().join("encoders").join(name));
+    PretrainedEncoder::load(&source, &Device::flex()).unwrap().model
+}
+
+fn input(golden: &Path, base: &str) -> Input {
+    let values = |key: &str| {
+        let (shape, values) = ints(golden, key);
+        Tensor::<2, Int>::from_data(TensorData::new(values, shape), &Device::flex())
+    };
+    let types = base.starts_with("bert").then(|| values("token_type_ids"));
+    Input::Text(Text { ids: values("tokens"), mask: Some(values("attention_mask")), types })
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// The last hidden states at real places: the second row has four of padding.
+fn real(hidden: &[f32]) -> &[f32] {
+    const PADDED: usize = 4;
+    let width = hidden.len() / (2 * 12);
+    &hidden[..hidden.len() - PADDED * width]
+}
+
+fn near(found: &[f32], expected: &[f32], what: &str) {
+    let found = deviation(found, expected);
+    assert!(found < BOUND, "{what}: {found}");
+}
+
+/// The adapted model gives what the library gives; written here and read again, the same tensors come back under the same keys.
+fn hold<M: Method + PartialEq>(case: &Case) {
+    let (dir, named) = (testdata().join(&case.path), &case.path);
+    let golden = dir.join("logits.safetensors");
+    let (model, _) = load_adapter::<_, M>(base(&case.base), &dir).unwrap_or_else(|e| panic!("{named}: {e}"));
+    let input = input(&golden, &case.base);
+    near(real(&values(model.hidden(&input))), real(&floats(&golden, "hidden")), named);
+    let model = model.with_hub_head(&dir, &Device::flex()).unwrap();
+    near(&values(model.forward(&input)), &floats(&golden, "logits"), named);
+
+    let file = AdapterFile::<M>::read(&dir).unwrap();
+    let again = tempfile::tempdir().unwrap();
+    file.write_hub("task", again.path()).unwrap_or_else(|e| panic!("{named}: {e}"));
+    model.save_hub_head("task", again.path()).unwrap();
+    let read = AdapterFile::<M>::read(again.path()).unwrap();
+    assert!(read.method == file.method && read.tensors == file.tensors, "{named}: written and read again");
+    let reread = base(&case.base).with_hub_head(again.path(), &Device::flex()).unwrap();
+    assert_eq!(reread.config().task, model.config().task);
+    let keys = |dir: &Path| HubFolder::read(dir).unwrap().tensors.into_keys().collect::<BTreeSet<_>>();
+    // A rule that all layers share is one in each here.
+    let shared =
+        |keys: BTreeSet<String>| keys.into_iter().filter(|key| !key.contains("phm_rule")).collect::<BTreeSet<_>>();
+    assert_eq!(shared(keys(again.path())), shared(keys(&dir)), "{named}");
+}
+
+#[test]
+fn adapters_of_the_library_give_its_logits_and_go_back() {
+    let (mut held, mut refused) = (0, 0);
+    for case in cases() {
+        if let Some((_, field)) = NOT_BUILT.iter().find(|(variant, _)| *variant == case.variant) {
+            if !field.is_empty() {
+                let read = AdapterFile::<BottleneckConfig>::read(&testdata().join(&case.path)).map(drop);
+                let read = if case.variant.starts_with("lora") {
+                    AdapterFile::<LoraConfig>::read(&testdata().join(&case.path)).map(drop)
+                } else {
+                    read
+                };
+                match read {
+                    Err(Error::Config { field: found, .. }) => assert_eq!(found, *field, "{}", case.path),
+                    other => panic!("{}: expected an error that names {field}, found {other:?}", case.path),
+                }
+            }
+            refused += 1;
+            continue;
+        }
+        match peft_type(&testdata().join(&case.path)).unwrap().as_str() {
+            "LORA" => hold::<LoraConfig>(&case),
+            "IA3" => hold::<Ia3Config>(&case),
+            _ => hold::<BottleneckConfig>(&case),
+        }
+        held += 1;
+    }
+    assert!(held >= 30 && refused <= 12, "{held} held, {refused} refused");
+}
+
+#[test]
+fn fusions_of_the_library_give_its_logits() {
+    for name in ["bert_fusion", "roberta_fusion"] {
+        let dir = testdata().join("adapterhub").join(name);
+        let golden = dir.join("logits.safetensors");
+        let file = read_fusion(&dir, &[&dir.join("a"), &dir.join("b")]).unwrap();
+        let base_name = name.replace("fusion", "seqcls");
+        let model = base(&base_name).attach(&file.method).unwrap();
+        let model = file.fill(model, &dir, Strictness::default()).unwrap();
+        let input = input(&golden, &base_name);
+        near(real(&values(model.hidden(&input))), real(&floats(&golden, "hidden")), name);
+        let model = model.with_hub_head(&dir, &Device::flex()).unwrap();
+        near(&values(model.forward(&input)), &floats(&golden, "logits"), name);
+    }
+    for name in ["bert_fusion_static", "bert_fusion_options"] {
+        let dir = testdata().join("adapterhub").join(name);
+        match read_fusion(&dir, &[&dir.join("a"), &dir.join("b")]) {
+            Err(Error::Config { .. }) => {}
+            other => panic!("{name}: expected an error of the configuration, found {other:?}"),
+        }
+    }
+}
+
+/// Compositions of two adapters from files. The library's own average is of no use: it divides by the number of adapters once too often.
+#[test]
+fn compositions_of_the_library_give_its_hidden_states() {
+    let dir = testdata().join("adapterhub/bert_composition");
+    let golden = dir.join("composition.safetensors");
+    let one = Composition::Adapter;
+    let cases = [
+        ("a", one(0)),
+        ("b", one(1)),
+        ("stack", Composition::Stack(vec![one(0), one(1)])),
+        ("batch_split", Composition::BatchSplit(vec![(1, one(0)), (1, one(1))])),
+        ("split", Composition::Split(vec![(5, one(0)), (7, one(1))])),
+        ("average_exact", Composition::Average(vec![(0.3, one(0)), (0.7, one(1))])),
+    ];
+    for (name, composition) in cases {
+        let read = |name: &str| AdapterFile::<BottleneckConfig>::read(&dir.join(name)).unwrap();
+        let file = composed(vec![read("a"), read("b")], composition).unwrap();
+        let model = base("bert_seqcls").attach(&file.method).unwrap();
+        let model = file.fill(model, &dir, Strictness::default()).unwrap();
+        let hidden = values(model.hidden(&input(&golden, "bert_seqcls")));
+        near(real(&hidden), real(&floats(&golden, name)), name);
+    }
+}
+
+/// A pickle of tensors gives what the same tensors give in safetensors; one that asks for more is refused.
+#[test]
+fn pickles_are_read_and_nothing_is_run() {
+    let dir = testdata().join("adapterhub/bert_seq_bn_bin");
+    let tensors = read_torch(&dir.join("pytorch_adapter.bin")).unwrap();
+    let like = read_values(&testdata().join("adapterhub/bert_seq_bn/adapter.safetensors")).unwrap();
+    assert_eq!(tensors.keys().collect::<Vec<_>>(), like.keys().collect::<Vec<_>>());
+    assert!(tensors.values().zip(like.values()).all(|(a, b)| a.shape == b.shape));
+    let old = read_torch(&dir.join("legacy/pytorch_adapter.bin")).unwrap_err().to_string();
+    assert!(old.contains("PyTorch 1.6"), "{old}");
+}
