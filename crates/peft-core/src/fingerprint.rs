@@ -9,7 +9,7 @@ use peft_kernels::PackedLayout;
 use sha2::{Digest, Sha256};
 
 use crate::location::REPARAMETERIZATION;
-use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, visit_params};
+use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, Scan, scan, visit_params};
 
 /// The weights under the adapters of `module` as one number: SHA-256, in lowercase hexadecimal digits, over the path of each and its own SHA-256,
 /// in the order of the paths.
@@ -20,7 +20,9 @@ use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, vi
 /// # Errors
 /// [`Error::Fingerprint`] when `module` carries no adapter, or the device does not hand out a weight.
 pub fn base_fingerprint<T: Module>(module: &T) -> Result<String> {
-    let digests = scan(module).adapted.into_iter().map(|path| (path, Sha256::new())).collect();
+    let Scan { sites, adapted, .. } = scan(module);
+    let adapted = sites.into_iter().filter(|site| adapted.contains(&site.path));
+    let digests = adapted.map(|site| (site.weight(), Sha256::new())).collect();
     let mut weights = Weights { digests, problems: Vec::new() };
     if weights.digests.is_empty() {
         let (path, what) = ("model".to_owned(), "carries no adapter".to_owned());

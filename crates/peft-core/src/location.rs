@@ -38,6 +38,15 @@ impl LayerKind {
         }
     }
 
+    /// What the parameter is called that an adapter of such a layer sits in.
+    pub(crate) fn weight(self) -> &'static str {
+        match self {
+            Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
+            Self::LayerNorm | Self::RmsNorm => "gamma",
+            Self::SubLayer => SubLayer::PLACE,
+        }
+    }
+
     /// What an adapter of such a layer can sit in: input features and output features of a parameter of that name and shape.
     pub(crate) fn features(self, param: &str, shape: &[usize]) -> Option<(usize, usize)> {
         match (self, param, shape) {
