@@ -125,7 +125,9 @@ fn fill<M: Module>(
     });
     let packed = packed.collect();
     let module = pack(module, packed)?;
-    let matrices = if precision == Precision::Bf16 { devices.into_keys().collect() } else { HashSet::new() };
+    let is_matrix = |kind| matches!(kind, LayerKind::Linear | LayerKind::Conv1D | LayerKind::Embedding);
+    let matrices = sites.iter().filter(|site| precision == Precision::Bf16 && is_matrix(site.kind));
+    let matrices = matrices.map(|site| site.id).collect();
     let mut loader = Loader { weights, sources, matrices, failed: None };
     let module = map_params(module, &mut loader);
     loader.failed.map_or(Ok(module), Err)
