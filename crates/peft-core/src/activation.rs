@@ -28,7 +28,8 @@ pub trait Activation {
         None
     }
 
-    /// What the adapted layer adds to its output besides its bias `[d_out]`; merging adds it to that bias. `None` when that is nothing.
+    /// What the adapted layer adds to its output besides its bias `[d_out]`; merging adds it to that bias. `None` when that is nothing; a method for which it may
+    /// be something says so in [`Method::needs_activation`].
     fn shift(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
         let _ = bias;
         None

@@ -1,12 +1,14 @@
 //! Merging: the adapter folded into the weights, as a new value.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
-use std::marker::PhantomData;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::{Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, map_params, scan, visit_params};
+use crate::{
+    Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, map_params, scan, visit_params,
+};
 
 /// Folds the adapter of `module` into its weights and biases and drops it; the result lives on the plain device, ready for inference.
 ///
@@ -18,63 +20,67 @@ use crate::{Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result
 pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     let module = module.valid();
     let found = scan(&module);
-    let adapted = found.sites.iter().filter(|site| found.adapted.contains(&site.path));
-    let refused = adapted.filter_map(|site| {
-        let what = method.unmergeable(site)?;
-        Some(Problem::Other { path: site.path.clone(), what: format!("{what}; keep the adapter separate") })
-    });
-    let mut problems: Vec<Problem> = refused.collect();
-    let mut biases = Biases::default();
-    visit_params(&module, &mut biases);
-    let mut shifts =
-        Shifts::<M> { stack: PathStack::default(), biases: biases.0, shifts: BTreeMap::new(), method: PhantomData };
-    module.visit(&mut shifts);
-    let Shifts { biases, shifts, .. } = shifts;
-    problems.extend(shifts.keys().filter(|path| !biases.contains_key(*path)).map(|path| {
-        let what = "the adapter adds a bias, and the layer has none to merge it into; keep the adapter separate";
-        Problem::Other { path: path.clone(), what: what.to_owned() }
-    }));
+    let mut parts = Parts::default();
+    visit_params(&module, &mut parts);
+    let (mut shifts, mut problems) = (BTreeMap::new(), Vec::new());
+    for site in found.sites.iter().filter(|site| found.adapted.contains(&site.path)) {
+        let mut problem = |what: &str| {
+            let what = format!("{what}; keep the adapter separate");
+            problems.push(Problem::Other { path: site.path.clone(), what });
+        };
+        if let Some(what) = method.unmergeable(site) {
+            problem(&what);
+        } else if let Some(shift) = parts.shift(method, site)? {
+            if !site.has_bias {
+                problem("the adapter adds a bias, and the layer has none to merge it into");
+            }
+            shifts.insert(site.path.clone(), shift);
+        }
+    }
     let mut finish = Finish { shifts, adapted: found.adapted, problems };
     let module = map_params(module.materialize(), &mut finish);
     if finish.problems.is_empty() { Ok(module) } else { Err(Error::Merge { problems: finish.problems }) }
 }
 
-/// What the layers add to their output, by path.
+/// What a visit shows, by the path of the layer.
 #[derive(Default)]
-struct Biases(BTreeMap<String, Tensor<1>>);
+struct Parts {
+    /// What the layers add to their output.
+    biases: BTreeMap<String, Tensor<1>>,
+    /// The adapters' parameters by field.
+    fields: BTreeMap<String, Fields>,
+}
 
-impl ParamVisitor for Biases {
+type Fields = BTreeMap<String, Box<dyn Any>>;
+
+impl ParamVisitor for Parts {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let location = at.locate();
         if location.is_bias() {
-            self.0.insert(location.module, param.base().flatten(0, D - 1));
+            self.biases.insert(location.module, param.base().flatten(0, D - 1));
+        } else if let Some(field) = location.field {
+            self.fields.entry(location.module).or_default().insert(field, Box::new(param.clone()));
         }
     }
 }
 
-/// What the adapters add to that. They sit in weights, packed ones among them, so this visit sees everything.
-struct Shifts<M> {
-    stack: PathStack,
-    biases: BTreeMap<String, Tensor<1>>,
-    shifts: BTreeMap<String, Tensor<1>>,
-    method: PhantomData<M>,
+impl Parts {
+    /// What the adapter adds to the output of its layer besides the layer's bias.
+    fn shift<M: Method>(&mut self, method: &M, site: &Site) -> Result<Option<Tensor<1>>> {
+        let Some(mut fields) = self.fields.remove(&site.path) else { return Ok(None) };
+        if method.needs_activation(site).is_none() {
+            return Ok(None);
+        }
+        // A visitor sees an adapter's parameters and never the adapter, so a new one is made and given them.
+        let adapter = map_params(method.init(site, 0)?, &mut fields);
+        Ok(M::activation(&adapter).and_then(|adapter| adapter.shift(self.biases.get(&site.path))))
+    }
 }
 
-impl<M: Method> ModuleVisitor for Shifts<M> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.stack.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.stack.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let activation = param.reparameterization::<M::Adapter>().and_then(M::activation);
-        let path = self.stack.locate().module;
-        if let Some(shift) = activation.and_then(|adapter| adapter.shift(self.biases.get(&path))) {
-            self.shifts.insert(path, shift);
-        }
+impl ParamMapper for Fields {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let given = self.remove(&at.path()).and_then(|given| given.downcast().ok());
+        given.map_or(param, |given| *given)
     }
 }
 

@@ -89,8 +89,8 @@ impl Site {
 
     /// A trainable copy of one of the layer's [`vectors`](Self::vectors), for a method that starts from what the base holds.
     pub fn copy(&self, vector: &str) -> Option<Param<Tensor<1>>> {
-        let values = self.vectors.get(vector)?.base().detach();
-        Some(Param::from_tensor(values.cast(self.adapter_dtype())))
+        let values = self.vectors.get(vector)?.base().cast(self.adapter_dtype());
+        Some(Param::from_tensor(values.detach()))
     }
 
     /// Values from `N(0, std²)`, drawn again where they are more than two deviations away.
