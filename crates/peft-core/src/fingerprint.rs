@@ -22,7 +22,7 @@ use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, vi
 pub fn base_fingerprint<T: Module>(module: &T) -> Result<String> {
     let found = scan(module);
     let adapted = found.sites.iter().filter(|site| found.adapted.contains(&site.path));
-    let digests = adapted.map(|site| (format!("{}.{}", site.path, site.kind.weight()), Sha256::new())).collect();
+    let digests = adapted.map(|site| (site.weight(), Sha256::new())).collect();
     let mut weights = Weights { digests, problems: Vec::new() };
     if weights.digests.is_empty() {
         let (path, what) = ("model".to_owned(), "carries no adapter".to_owned());

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Tensor};
 use peft_kernels::PackedMatrix;
 
 use crate::location::REPARAMETERIZATION;
-use crate::{Error, LayerKind, Problem, Result, Site, scan};
+use crate::{Error, Problem, Result, Site, scan};
 
 /// A packed weight in place of a dense one; made by [`pack`].
 ///

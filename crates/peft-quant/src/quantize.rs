@@ -7,7 +7,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
 use indexmap::IndexMap;
 use peft_core::kernels::{BlockScales, PackedData, PackedLayout, PackedMatrix};
-use peft_core::{LayerKind, ParamVisitor, PathStack, Problem, Site, pack, pattern_value, scan, visit_params};
+use peft_core::{ParamVisitor, PathStack, Problem, Site, pack, pattern_value, scan, visit_params};
 
 use crate::{Code, Error, Packed, Statistics, dynamic_map};
 
