@@ -64,14 +64,14 @@ struct Form {
 
 /// What a bottleneck makes of its input.
 pub(crate) struct Through {
-    /// With the residual, where there is one: what goes on.
+    /// With what is added to it: what goes on.
     pub(crate) output: Tensor<3>,
     /// Without it, and without dropout and norms: what fusion looks at.
     pub(crate) up: Tensor<3>,
 }
 
 impl BottleneckAdapter {
-    /// What the bottleneck sees of a sub-layer that computed `output`, and the residual around the bottleneck.
+    /// What the bottleneck sees of a sub-layer that computed `output`, and what is added to what it makes of that.
     pub(crate) fn before(
         &self,
         output: Tensor<3>,
@@ -79,7 +79,7 @@ impl BottleneckAdapter {
         norm: Option<Norm<'_>>,
     ) -> (Tensor<3>, Tensor<3>) {
         if self.form.is_parallel {
-            return (input.clone(), input.clone());
+            return (input.clone(), output);
         }
         if !self.form.original_ln_before {
             return (output.clone(), output);
@@ -118,7 +118,7 @@ impl BottleneckAdapter {
             y = y * activation::sigmoid(gate.forward(x)).reshape([batch, seq, 1]).mean_dim(1);
         }
         let add_residual = |y: Tensor<3>, before_norm: bool| {
-            let here = !self.form.is_parallel && before_norm == self.form.adapter_residual_before_ln;
+            let here = before_norm == (self.form.adapter_residual_before_ln && !self.form.is_parallel);
             if here { y + residual.clone() } else { y }
         };
         y = add_residual(y, true);
@@ -130,7 +130,6 @@ impl BottleneckAdapter {
 
     /// The end of the sub-layer, after the bottleneck gave `hidden`.
     pub(crate) fn after(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
-        let hidden = if self.form.is_parallel { hidden + end.output.clone() } else { hidden };
         if self.form.original_ln_after { End { output: hidden, ..end }.close() } else { hidden }
     }
 }

@@ -74,7 +74,7 @@ pub struct BottleneckConfig {
 
 /// Width of the model over width of the bottleneck.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "reduction_factor: expected a number, or numbers by block")]
 pub enum ReductionFactor {
     /// In every block.
     All(f64),

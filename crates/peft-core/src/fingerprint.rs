@@ -20,7 +20,9 @@ use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, vi
 /// # Errors
 /// [`Error::Fingerprint`] when `module` carries no adapter, or the device does not hand out a weight.
 pub fn base_fingerprint<T: Module>(module: &T) -> Result<String> {
-    let digests = scan(module).adapted.into_iter().map(|path| (path, Sha256::new())).collect();
+    let found = scan(module);
+    let adapted = found.sites.iter().filter(|site| found.adapted.contains(&site.path));
+    let digests = adapted.map(|site| (site.weight(), Sha256::new())).collect();
     let mut weights = Weights { digests, problems: Vec::new() };
     if weights.digests.is_empty() {
         let (path, what) = ("model".to_owned(), "carries no adapter".to_owned());

@@ -38,14 +38,29 @@ impl LayerKind {
         }
     }
 
+    /// Whether the layer multiplies by a matrix, so that its weight can be packed.
+    pub fn multiplies(self) -> bool {
+        matches!(self, Self::Linear | Self::Conv1D)
+    }
+
+    /// The name of the parameter that an adapter of such a layer sits in.
+    pub(crate) fn weight(self) -> &'static str {
+        match self {
+            Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
+            Self::LayerNorm | Self::RmsNorm => "gamma",
+            Self::SubLayer => SubLayer::PLACE,
+        }
+    }
+
     /// What an adapter of such a layer can sit in: input features and output features of a parameter of that name and shape.
     pub(crate) fn features(self, param: &str, shape: &[usize]) -> Option<(usize, usize)> {
-        match (self, param, shape) {
-            (Self::Linear | Self::Conv1D | Self::Embedding, "weight", [d_in, d_out]) => Some((*d_in, *d_out)),
-            (Self::LayerNorm | Self::RmsNorm, "gamma", [width]) | (Self::SubLayer, SubLayer::PLACE, [width]) => {
-                Some((*width, *width))
-            }
-            (Self::Conv2d, "weight", [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
+        if param != self.weight() {
+            return None;
+        }
+        match (self, shape) {
+            (Self::Linear | Self::Conv1D | Self::Embedding, [d_in, d_out]) => Some((*d_in, *d_out)),
+            (Self::LayerNorm | Self::RmsNorm | Self::SubLayer, [width]) => Some((*width, *width)),
+            (Self::Conv2d, [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
             _ => None,
         }
     }

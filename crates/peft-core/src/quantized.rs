@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Tensor};
 use peft_kernels::PackedMatrix;
 
 use crate::location::REPARAMETERIZATION;
-use crate::{Error, LayerKind, Problem, Result, Site, scan};
+use crate::{Error, Problem, Result, Site, scan};
 
 /// A packed weight in place of a dense one; made by [`pack`].
 ///
@@ -96,8 +96,8 @@ pub fn pack<T: Module>(module: T, weights: HashMap<ParamId, PackedMatrix>) -> Re
         let problem = |what: &str| Problem::Other { path: site.path.clone(), what: what.to_owned() };
         if site.packed.is_some() {
             problems.push(problem("the weight is packed already"));
-        } else if site.kind == LayerKind::Embedding {
-            problems.push(problem("an embedding table is looked up, not multiplied; only linear layers can be packed"));
+        } else if !site.kind.multiplies() {
+            problems.push(problem("only the weights of linear layers can be packed: those that are multiplied by"));
         } else if expected != shape {
             problems.push(Problem::Shape { name: site.path.clone(), expected, found: shape });
         }

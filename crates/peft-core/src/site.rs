@@ -41,6 +41,12 @@ pub struct Site {
 }
 
 impl Site {
+    /// Path of the parameter that an adapter sits in.
+    pub(crate) fn weight(&self) -> String {
+        let name = self.kind.weight();
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
     /// The random generator of this site: it depends on the seed and the path alone, so that a model gets the same adapter on every
     /// device, whatever else is adapted.
     pub fn rng(&self, seed: u64) -> ChaCha8Rng {

@@ -220,7 +220,7 @@ impl NameRule {
     fn find(&self, key: &str, kind: Option<LayerKind>) -> (bool, bool) {
         match self {
             Self::AllLinear => {
-                let linear = matches!(kind, Some(LayerKind::Linear | LayerKind::Conv1D));
+                let linear = kind.is_some_and(LayerKind::multiplies);
                 (linear && key.rsplit('.').next() != Some("lm_head"), false)
             }
             Self::Pattern(pattern) => (is_match(pattern, key), true),

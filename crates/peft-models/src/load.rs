@@ -125,7 +125,9 @@ fn fill<M: Module>(
     });
     let packed = packed.collect();
     let module = pack(module, packed)?;
-    let matrices = if precision == Precision::Bf16 { devices.into_keys().collect() } else { HashSet::new() };
+    let is_matrix = |kind| matches!(kind, LayerKind::Linear | LayerKind::Conv1D | LayerKind::Embedding);
+    let matrices = sites.iter().filter(|site| precision == Precision::Bf16 && is_matrix(site.kind));
+    let matrices = matrices.map(|site| site.id).collect();
     let mut loader = Loader { weights, sources, matrices, failed: None };
     let module = map_params(module, &mut loader);
     loader.failed.map_or(Ok(module), Err)
@@ -141,7 +143,7 @@ struct Source<'a> {
 impl Source<'_> {
     /// The weight of `site` in its packed form, if it is to have one.
     fn packed(&self, weights: &dyn Weights, site: &Site, packing: &Packing) -> Result<Option<PackedData>> {
-        if site.kind == LayerKind::Embedding || *packing == Packing::Dense {
+        if !site.kind.multiplies() || *packing == Packing::Dense {
             return Ok(None);
         }
         let as_stored = matches!(packing, Packing::AsStored | Packing::Quantize(_));

@@ -7,7 +7,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
 use indexmap::IndexMap;
 use peft_core::kernels::{BlockScales, PackedData, PackedLayout, PackedMatrix};
-use peft_core::{LayerKind, ParamVisitor, PathStack, Problem, Site, pack, pattern_value, scan, visit_params};
+use peft_core::{ParamVisitor, PathStack, Problem, Site, pack, pattern_value, scan, visit_params};
 
 use crate::{Code, Error, Packed, Statistics, dynamic_map};
 
@@ -99,7 +99,7 @@ impl Quantization {
             };
             !name.is_empty() && site.path.match_indices(name.as_str()).any(|(at, _)| at_ends(at))
         };
-        if site.kind == LayerKind::Embedding || self.skip.iter().any(skipped) {
+        if !site.kind.multiplies() || self.skip.iter().any(skipped) {
             return Ok(None);
         }
         Ok(Some(*pattern_value("pattern", &self.pattern, &site.path)?.unwrap_or(&self.format)))

@@ -149,8 +149,8 @@ fn words_numbers_and_lists_of_labels() {
     });
     let numbers = rows(&|text| json!({ "text": text, "label": quality(text) }).to_string());
     let run = |name: &str, text: &str| {
-        shop.write(&format!("{name}.jsonl"), text);
-        let more = [&LORA[..], &["--steps", "60", "--batch-size", "4"]].concat();
+        let data = shop.write(&format!("{name}.jsonl"), text);
+        let more = [&LORA[..], &["--steps", "60", "--batch-size", "4", "--eval-data", &data]].concat();
         json_of(&strs(&shop.train(&format!("{name}.jsonl"), name, &more)))
     };
     let predict = |adapter: &str, text: &str| {
