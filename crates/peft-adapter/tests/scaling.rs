@@ -1,4 +1,6 @@
-//! The methods of this crate in all their forms under the laws of `peft-testkit`, and on layers that the laws' model lacks.
+//! Methods that scale and shift, in all their forms, under the laws of `peft-testkit`, and on layers that the laws' model lacks.
+
+#![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
 mod statement;
 

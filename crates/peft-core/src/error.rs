@@ -134,10 +134,10 @@ pub enum Problem {
         /// What it is.
         found: String,
     },
-    /// The method needs to see the layer's input, and the model calls `forward` on the layer itself.
+    /// The method needs the activation seam, and the model calls `forward` on the layer itself.
     #[error(
         "{path}: {reason}, which a weight cannot express, and the model does not declare this layer adapter-aware; call \
-         `peft_core::linear` in its forward and give the module an `AdapterAware` field"
+         it through `peft_core` (`linear`, `layer_norm` and so on) and give the module an `AdapterAware` field"
     )]
     NotAware {
         /// Path of the module.

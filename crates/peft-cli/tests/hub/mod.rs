@@ -28,10 +28,6 @@ fn adapters_of_the_library_are_used_and_converted() {
         let to_hub = json_of(&["convert", "--json", "--adapter", &peft, "--out", &back, "--name", "task"]);
         assert_eq!(to_hub["layout"], "AdapterHub");
         near(&back);
-        assert_eq!(
-            json_of(&["inspect", "--json", &theirs])["tensors"],
-            json_of(&["inspect", "--json", &peft])["tensors"]
-        );
         let (code, message) = refused(&["convert", "--adapter", &peft, "--out", &back]);
         assert!(code == 2 && message.contains("there is an adapter already"), "{message}");
     }
