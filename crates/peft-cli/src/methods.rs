@@ -212,10 +212,11 @@ impl<M: Method> AdapterFiles for FilesOf<M> {
 
     fn convert(&self, dir: &Path, name: Option<&String>, out: &Path) -> Result<()> {
         let file = AdapterFile::<M>::read(dir)?;
-        Ok(match name {
+        match name {
             Some(name) => file.write_hub(name, out)?,
             None => file.write(out)?,
-        })
+        }
+        Ok(())
     }
 }
 
