@@ -163,12 +163,11 @@ fn words_lists_of_labels_and_numbers_are_learnt() {
         text(film(i), Label::Many(found.map(str::to_owned).collect()))
     };
     let numbers = |i: usize| text(film(i), Label::One(if good(film(i)) { "0.5" } else { "-1.5" }.to_owned()));
-    for (rows, measure, kind) in [
-        ((0..16).map(words).collect::<Vec<_>>(), "accuracy", "TOKEN_CLS"),
-        ((0..16).map(lists).collect(), "f1_micro", "SEQ_CLS"),
-        ((0..16).map(numbers).collect(), "pearson", "SEQ_CLS"),
-    ] {
-        let out = tempfile::tempdir().unwrap();
+    type Make<'a> = &'a dyn Fn(usize) -> LabelledRow;
+    let cases: [(Make<'_>, &str, &str); 3] =
+        [(&words, "accuracy", "TOKEN_CLS"), (&lists, "f1_micro", "SEQ_CLS"), (&numbers, "pearson", "SEQ_CLS")];
+    for (row, measure, kind) in cases {
+        let (rows, out) = ((0..16).map(row).collect::<Vec<_>>(), tempfile::tempdir().unwrap());
         let job = Job { base: "bert_base", rows: &rows, reader: text_reader(), method: lora(), config: settings(60) };
         let (_, summary) = job.run(out.path(), false, false);
         let (before, after) = (summary.before.unwrap(), summary.after.unwrap());
