@@ -17,7 +17,7 @@ use crate::golden::{BOUND, deviation, floats, ints, testdata};
 const NOT_BUILT: [(&str, &str); 9] = [
     ("seq_bn_inv", "inv_adapter"),
     ("compacter_own_rule", "factorized_phm_rule"),
-    ("compacter_own_weight", "factorized_phm_W"),
+    ("compacter_own_weight", "factorized_phm_rule"),
     ("compacter_shared_weight", "shared_W_phm"),
     ("lora_gating", "use_gating"),
     ("fusion", ""),

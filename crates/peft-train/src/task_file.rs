@@ -47,7 +47,7 @@ pub fn task_of_adapter(dir: &Path, config: &EncoderConfig) -> Result<Task> {
     }
     let adapter = read_json(&dir.join(CONFIG_FILE))?;
     let tensors = tensors_of(dir)?;
-    let is_head = |key: &&String| HEADS.iter().any(|head| key.ends_with(head));
+    let is_head = |key: &&String| HEADS.iter().any(|head| format!(".{key}").ends_with(head));
     let outputs = tensors.keys().find(is_head).and_then(|key| tensors[key].shape.first().copied());
     let labels = |count: usize| (0..count).map(|at| format!("LABEL_{at}")).collect::<Vec<_>>();
     let task = match (adapter.get("task_type").and_then(Value::as_str), outputs) {
