@@ -82,6 +82,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 0.1), device)
+}
+
+fn trained<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    random(shape, device).require_grad()
+}
+
 struct Inputs {
     x: Tensor<3>,
     gamma: Tensor<1>,
@@ -102,28 +110,24 @@ struct Inputs {
 impl Inputs {
     fn new(setup: &Operations, device: &Device) -> Self {
         let Operations { batch, seq, vocab, .. } = *setup;
-        let plain = device.clone().without_autodiff();
-        let random = |shape: &[usize], device: &Device| {
-            Tensor::<1>::random([shape.iter().product::<usize>()], Distribution::Normal(0.0, 0.1), device)
-        };
-        let trained = |shape: &[usize]| random(shape, device).require_grad();
-        let heads = |count| trained(&[batch, seq, count, HEAD_DIM]).reshape([batch, seq, count, HEAD_DIM]);
+        // Each is a leaf of the graph, which a gradient uses up.
+        let heads = |count| trained([batch, seq, count, HEAD_DIM], device);
         let hidden: Vec<bool> = (0..seq * seq).map(|at| at % seq > at / seq).collect();
         let targets: Vec<i64> = (0..batch * seq).map(|at| (at * 2_654_435_761 % vocab) as i64).collect();
         Self {
-            x: trained(&[batch, seq, HIDDEN]).reshape([batch, seq, HIDDEN]),
-            gamma: random(&[HIDDEN], &plain).autodiff(),
-            gate: trained(&[batch, seq, INTERMEDIATE]).reshape([batch, seq, INTERMEDIATE]),
-            up: trained(&[batch, seq, INTERMEDIATE]).reshape([batch, seq, INTERMEDIATE]),
+            x: trained([batch, seq, HIDDEN], device),
+            gamma: random([HIDDEN], device),
+            gate: trained([batch, seq, INTERMEDIATE], device),
+            up: trained([batch, seq, INTERMEDIATE], device),
             q: heads(HEADS),
             k: heads(KV_HEADS),
             v: heads(KV_HEADS),
-            angles: random(&[seq, HEAD_DIM], device).reshape([1, seq, 1, HEAD_DIM]),
+            angles: random([1, seq, 1, HEAD_DIM], device),
             hidden: Tensor::from_data(TensorData::new(hidden, [1, 1, seq, seq]), device),
-            weight: random(&[HIDDEN, INTERMEDIATE], device).reshape([HIDDEN, INTERMEDIATE]),
-            a: trained(&[HIDDEN, RANK]).reshape([HIDDEN, RANK]),
-            b: trained(&[RANK, INTERMEDIATE]).reshape([RANK, INTERMEDIATE]),
-            head: random(&[HIDDEN, vocab], device).reshape([HIDDEN, vocab]),
+            weight: random([HIDDEN, INTERMEDIATE], device),
+            a: trained([HIDDEN, RANK], device),
+            b: trained([RANK, INTERMEDIATE], device),
+            head: random([HIDDEN, vocab], device),
             targets: Tensor::from_data(TensorData::new(targets, [batch * seq]), device),
         }
     }
