@@ -26,6 +26,9 @@ pub(crate) struct Operations {
     /// Vocabulary
     #[arg(long, default_value_t = 8192)]
     vocab: usize,
+    /// Only operations whose name has this in it: a device in software compiles some kernels for minutes
+    #[arg(long, default_value = "")]
+    only: String,
     /// Burn's backend
     #[arg(long, value_enum, default_value_t = Backend::Flex)]
     backend: Backend,
@@ -47,7 +50,7 @@ impl Operations {
         let device = self.backend.device().autodiff();
         let inputs = Inputs::new(self, &device);
         println!("{:22} {:>12} {:>12} {:>7}", "forward and backward", "ours, ms", "Burn's, ms", "ratio");
-        for (name, ours, burns) in inputs.pairs() {
+        for (name, ours, burns) in inputs.pairs().into_iter().filter(|(name, ..)| name.contains(&self.only)) {
             let (mut fast, mut plain) = (Vec::new(), Vec::new());
             // The first of each compiles and tunes.
             for step in 0..=self.steps {

@@ -6,9 +6,6 @@
 //!
 //! The gradient computes the statistics again from `x`; a scale or a bias that is frozen costs nothing.
 
-#[cfg(feature = "cube")]
-mod cube;
-
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops};
@@ -44,13 +41,13 @@ pub struct Norm {
 )]
 pub trait NormOps: Backend {
     /// `norm(x)·γ` of `[rows, width]`, without the bias.
-    #[fusion(meta = |x, _gamma, _norm| x.clone())]
+    #[fusion(default)]
     fn norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self> {
         plain::norm::<Self>(x, gamma, norm)
     }
 
     /// The gradient of `x`: with `x̂ = norm(x)` and `g = dy·γ`, `(g − x̂·mean(g·x̂) [− mean(g)]) / σ`.
-    #[fusion(meta = |_grad, x, _gamma, _norm| x.clone())]
+    #[fusion(default)]
     fn norm_backward(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -128,7 +125,7 @@ impl<B: NormOps, C: CheckpointStrategy> NormOps for Autodiff<B, C> {
     }
 }
 
-on_backends!(NormOps with kernels {
+on_backends!(NormOps {
     fn norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, norm: Norm) -> FloatTensor<Self>, by [x, gamma];
     fn norm_backward(
         grad: FloatTensor<Self>,
