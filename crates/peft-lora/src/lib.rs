@@ -3,10 +3,12 @@
 pub mod combine;
 mod factors;
 mod hub;
+mod init;
 mod lora;
 mod plus;
 
 pub use combine::{Combination, combine};
 pub use factors::attach_factors;
-pub use lora::{InitWeights, LoraAdapter, LoraConfig};
+pub use init::InitWeights;
+pub use lora::{LoraAdapter, LoraConfig};
 pub use plus::{LoraPlus, lora_plus};
