@@ -14,8 +14,9 @@ use peft_models::{Encoder, ModelSource, PretrainedEncoder};
 use crate::golden::{BOUND, deviation, floats, ints, testdata};
 
 /// Parts of AdapterHub's methods that are refused by name: the variant, and the field that the error names.
-const NOT_BUILT: [(&str, &str); 8] = [
+const NOT_BUILT: [(&str, &str); 9] = [
     ("seq_bn_inv", "inv_adapter"),
+    ("compacter_own_rule", "factorized_phm_rule"),
     ("compacter_own_weight", "factorized_phm_W"),
     ("compacter_shared_weight", "shared_W_phm"),
     ("lora_gating", "use_gating"),
@@ -72,9 +73,15 @@ fn hold<M: Method + PartialEq>(case: &Case) {
     let golden = dir.join("logits.safetensors");
     let (model, _) = load_adapter::<_, M>(base(&case.base), &dir).unwrap_or_else(|e| panic!("{named}: {e}"));
     let input = input(&golden, &case.base);
-    near(real(&values(model.hidden(&input))), real(&floats(&golden, "hidden")), named);
+    // A gate is a mean over all places, the padded ones of the second row among them, whose states are nobody's business and differ.
+    let gated = case.variant.contains("gating");
+    let told = |values: Vec<f32>| values[..if gated { values.len() / 2 } else { values.len() }].to_vec();
+    let (hidden, expected) = (values(model.hidden(&input)), floats(&golden, "hidden"));
+    let (hidden, expected) =
+        if gated { (told(hidden), told(expected)) } else { (real(&hidden).to_vec(), real(&expected).to_vec()) };
+    near(&hidden, &expected, named);
     let model = model.with_hub_head(&dir, &Device::flex()).unwrap();
-    near(&values(model.forward(&input)), &floats(&golden, "logits"), named);
+    near(&told(values(model.forward(&input))), &told(floats(&golden, "logits")), named);
 
     let file = AdapterFile::<M>::read(&dir).unwrap();
     let again = tempfile::tempdir().unwrap();

@@ -163,7 +163,8 @@ fn words_lists_of_labels_and_numbers_are_learnt() {
         text(film(i), Label::Many(found.map(str::to_owned).collect()))
     };
     let numbers = |i: usize| text(film(i), Label::One(if good(film(i)) { "0.5" } else { "-1.5" }.to_owned()));
-    let cases: [(&dyn Fn(usize) -> LabelledRow, &str, &str); 3] =
+    type Make<'a> = &'a dyn Fn(usize) -> LabelledRow;
+    let cases: [(Make<'_>, &str, &str); 3] =
         [(&words, "accuracy", "TOKEN_CLS"), (&lists, "f1_micro", "SEQ_CLS"), (&numbers, "pearson", "SEQ_CLS")];
     for (row, measure, kind) in cases {
         let (rows, out) = ((0..16).map(row).collect::<Vec<_>>(), tempfile::tempdir().unwrap());

@@ -1,6 +1,7 @@
 //! The commands, one file each.
 
 pub mod combine;
+pub mod convert;
 pub mod eval;
 pub mod generate;
 pub mod inspect;

@@ -64,6 +64,8 @@ pub enum Command {
     Quantize(commands::quantize::Args),
     /// Add several LoRA adapters of one model up into one
     Combine(commands::combine::Args),
+    /// Write an adapter in the other layout: AdapterHub's, or PEFT's
+    Convert(commands::convert::Args),
     /// Show what a model or an adapter is made of
     Inspect(commands::inspect::Args),
     /// List the methods that can be trained
@@ -107,6 +109,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<ExitCode> {
         Command::Merge(args) => commands::merge::run(&args, &context).map(done),
         Command::Quantize(args) => commands::quantize::run(&args, &context).map(done),
         Command::Combine(args) => commands::combine::run(&args, &context).map(done),
+        Command::Convert(args) => commands::convert::run(&args, &context).map(done),
         Command::Inspect(args) => commands::inspect::run(&args, &context).map(done),
         Command::Methods => commands::methods::run(&context).map(done),
         Command::Logits(args) => commands::logits::run(&args, &context).map(done),

@@ -11,7 +11,7 @@ use burn::module::Module;
 use configure::{bitfit, bottleneck, ia3, ln_tuning, lora, ssf};
 use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, LnTuningConfig, SsfConfig};
 use peft_core::files::{CONFIG_FILE, peft_type};
-use peft_core::{Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
+use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
@@ -179,6 +179,12 @@ impl<T: Module, M: Method> Adapts<T> for M {
 pub trait AdapterFiles: FilesOn<CausalLm> + FilesOn<Encoder> + Debug + Sync {
     /// What the files call the method.
     fn peft_type(&self) -> &'static str;
+
+    /// Writes the adapter in `dir` to `out`: in AdapterHub's layout under a name, or in PEFT's.
+    ///
+    /// # Errors
+    /// When it cannot be read, has no form in that layout, or cannot be written.
+    fn convert(&self, dir: &Path, name: Option<&String>, out: &Path) -> Result<()>;
 }
 
 /// What is done with the file of an adapter on a model of type `T`.
@@ -202,6 +208,15 @@ struct FilesOf<M>(PhantomData<fn() -> M>);
 impl<M: Method> AdapterFiles for FilesOf<M> {
     fn peft_type(&self) -> &'static str {
         M::PEFT_TYPE
+    }
+
+    fn convert(&self, dir: &Path, name: Option<&String>, out: &Path) -> Result<()> {
+        let file = AdapterFile::<M>::read(dir)?;
+        match name {
+            Some(name) => file.write_hub(name, out)?,
+            None => file.write(out)?,
+        }
+        Ok(())
     }
 }
 

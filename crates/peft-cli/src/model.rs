@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use peft_core::files::{TENSOR_FILE, read_values};
+use peft_core::files::tensors_of;
 use peft_core::{LayerKind, Targets, scan};
 use peft_models::config::Architecture;
 use peft_models::encoder::Naming;
+use peft_models::heads::has_hub_head;
 use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, Encoder, EncoderOptions, ModelFiles, ModelSource, Pretrained, PretrainedEncoder};
 use peft_train::task_of_adapter;
@@ -135,6 +136,9 @@ pub fn load_encoder(
     let task = adapter.map(|dir| task_of_adapter(dir, &config)).transpose()?;
     let options = EncoderOptions { task, packing, precision, seed: 0 };
     let mut pretrained = PretrainedEncoder::from_files(files, &options, device)?;
+    if let Some(dir) = adapter.filter(|dir| has_hub_head(dir)) {
+        pretrained.model = pretrained.model.with_hub_head(dir, device)?;
+    }
     let trained = adapter.map_or(Ok(Vec::new()), adapted_keys)?;
     let head = pretrained.model.config().head_modules();
     let is_head = |name: &&String| head.iter().any(|module| is_inside(name, module));
@@ -217,8 +221,7 @@ pub fn for_targets(model: CausalLm, targets: &Targets) -> Result<CausalLm> {
 /// # Errors
 /// When the adapter cannot be read.
 pub fn adapted_keys(dir: &Path) -> Result<Vec<String>> {
-    let strip = |key: String| key.strip_prefix("base_model.model.").map_or(key.clone(), str::to_owned);
-    Ok(read_values(&dir.join(TENSOR_FILE))?.into_keys().map(strip).collect())
+    Ok(tensors_of(dir)?.into_keys().collect())
 }
 
 /// Whether `path` is that of something below `module`.

@@ -86,6 +86,32 @@ pub fn peft_type(dir: &Path) -> Result<String> {
     found.map(str::to_owned).ok_or_else(|| Error::format(path, "no `peft_type`; is this an adapter?"))
 }
 
+/// Whether the adapter in `dir` is in AdapterHub's layout.
+///
+/// # Errors
+/// When there is no readable `adapter_config.json`.
+pub fn is_hub(dir: &Path) -> Result<bool> {
+    let json = read_config(&dir.join(CONFIG_FILE))?;
+    Ok(!json.contains_key("peft_type") && hub::hub_type(&json).is_some())
+}
+
+/// The tensors of the adapter in `dir`, whatever its method, by keys that begin with the path in the model: as AdapterHub's layout has them, or those of PEFT's
+/// without what they all begin with.
+///
+/// # Errors
+/// When a file is missing or malformed.
+pub fn tensors_of(dir: &Path) -> Result<BTreeMap<String, Values>> {
+    if is_hub(dir)? {
+        return Ok(HubFolder::read(dir)?.tensors);
+    }
+    Ok(read_values(&dir.join(TENSOR_FILE))?.into_iter().map(stripped).collect())
+}
+
+/// Without what all keys of PEFT's layout begin with.
+fn stripped((key, values): (String, Values)) -> (String, Values) {
+    (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values)
+}
+
 /// Writes the adapter of `module`: exactly the adapter's tensors, and the base parameters that were trained with it.
 ///
 /// # Errors
@@ -180,11 +206,9 @@ impl<M: Method> AdapterFile<M> {
         let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
         let method: M = parse(&json).map_err(|e| Error::format(&path, culprit::<M>(&json) + &e.to_string()))?;
         method.check()?;
-        let strip =
-            |(key, values): (String, Values)| (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values);
         let path = dir.join(TENSOR_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let tensors = values_of(&bytes, &path)?.into_iter().map(strip).collect();
+        let tensors = values_of(&bytes, &path)?.into_iter().map(stripped).collect();
         let base_fingerprint = fingerprint_of(&bytes, &path)?;
         Ok(Self { method, base_model, task_type, base_fingerprint, tensors })
     }

@@ -1,4 +1,4 @@
-//! Measures of answers, as scikit-learn and SciPy define them.
+//! Measures of answers, as scikit-learn and `scipy` define them.
 //!
 //! - precision `hits / found`, recall `hits / support`, `F1 = 2·hits / (found + support)`; 0 where nothing is divided
 //! - macro: the mean over labels; micro: of the sums over labels

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use peft_core::files::{CONFIG_FILE, TENSOR_FILE, read_values};
+use peft_core::files::{CONFIG_FILE, tensors_of};
 use peft_models::config::{EncoderConfig, InputConfig};
 use peft_models::heads::Task;
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ pub fn task_of_adapter(dir: &Path, config: &EncoderConfig) -> Result<Task> {
         return Ok(Task::from_json(&read_json(&path)?, &path)?);
     }
     let adapter = read_json(&dir.join(CONFIG_FILE))?;
-    let tensors = read_values(&dir.join(TENSOR_FILE))?;
+    let tensors = tensors_of(dir)?;
     let is_head = |key: &&String| HEADS.iter().any(|head| key.ends_with(head));
     let outputs = tensors.keys().find(is_head).and_then(|key| tensors[key].shape.first().copied());
     let labels = |count: usize| (0..count).map(|at| format!("LABEL_{at}")).collect::<Vec<_>>();

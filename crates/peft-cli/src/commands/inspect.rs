@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::Device;
-use peft_core::files::{CONFIG_FILE, TENSOR_FILE, peft_type, read_values};
+use peft_core::files::{CONFIG_FILE, peft_type, tensors_of};
 use peft_core::scan;
 use peft_models::CausalLm;
 use peft_models::config::{Architecture, EncoderConfig, InputConfig, ModelConfig};
@@ -44,9 +44,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
         serde_json::from_str(&text).map_err(|e| peft_core::Error::format(&path, format!("not JSON: {e}")))?;
     let method = peft_type(dir)?;
     let known = methods::of_adapter(dir).is_ok();
-    let tensors = read_values(&dir.join(TENSOR_FILE))?;
+    let tensors = tensors_of(dir)?;
     let parameters: usize = tensors.values().map(|tensor| tensor.values.len()).sum();
-    let size = std::fs::metadata(dir.join(TENSOR_FILE)).map_err(Error::io(dir))?.len();
+    let size: usize = tensors.values().map(|tensor| size_of::<f32>() * tensor.values.len()).sum();
     let given = |key: &str| config.get(key).filter(|v| !v.is_null()).map_or_else(|| "not given".to_owned(), plain);
     let out = context.output;
     out.field("method", if known { method.clone() } else { format!("{method}, which this program does not know") })?;
@@ -55,7 +55,10 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
         out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
     }
     out.field("targets", given("target_modules"))?;
-    out.field("tensors", format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size)))?;
+    out.field(
+        "tensors",
+        format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size as u64)),
+    )?;
     let mut kinds: BTreeMap<(String, &[usize]), usize> = BTreeMap::new();
     for (key, tensor) in &tensors {
         *kinds.entry((short(key), &tensor.shape)).or_default() += 1;

@@ -206,12 +206,12 @@ fn tensor(path: &str, key: &str) -> (safetensors::Dtype, Vec<u8>) {
     (view.dtype(), view.data().to_vec())
 }
 
-fn golden(path: &str, key: &str) -> Vec<f32> {
+pub(super) fn golden(path: &str, key: &str) -> Vec<f32> {
     let (dtype, bytes) = tensor(path, key);
     peft_core::files::decode(dtype, &bytes).unwrap()
 }
 
-fn ints(path: &str, key: &str) -> Vec<i64> {
+pub(super) fn ints(path: &str, key: &str) -> Vec<i64> {
     tensor(path, key).1.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect()
 }
 

@@ -20,6 +20,9 @@ const CONFIG_FILE: &str = "head_config.json";
 const TENSOR_FILE: &str = "model_head.safetensors";
 const TORCH_FILE: &str = "pytorch_model_head.bin";
 
+/// The files of a head.
+pub const HUB_HEAD_FILES: [&str; 3] = [CONFIG_FILE, TENSOR_FILE, TORCH_FILE];
+
 /// Whether the folder has a head in AdapterHub's layout.
 pub fn has_hub_head(dir: &Path) -> bool {
     dir.join(CONFIG_FILE).exists()

@@ -19,6 +19,7 @@ pub const MAX_TOKENS: usize = 512;
 
 /// What makes an encoder's input of rows.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a run")]
 pub enum Reader {
     /// For models of text.
     Text(Pairs),

@@ -1,0 +1,44 @@
+//! Adapters in AdapterHub's layout, on the command line.
+
+use super::labels::{golden, ints};
+use super::{deviation, json_of, refused, testdata};
+
+/// The library's own adapters with their heads give its logits; converted into PEFT's layout they still do, and converted back.
+#[test]
+fn adapters_of_the_library_are_used_and_converted() {
+    let model = testdata("encoders/roberta_seqcls");
+    for case in ["roberta_double_seq_bn", "roberta_par_bn", "roberta_lora", "roberta_ia3", "roberta_compacter"] {
+        let path = format!("adapterhub/{case}/logits.safetensors");
+        // Without padding in it, the first row is what the command computes.
+        let tokens = ints(&path, "tokens");
+        let tokens = tokens[..tokens.len() / 2].iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+        let expected: Vec<f64> = golden(&path, "logits")[..3].iter().map(|value| f64::from(*value)).collect();
+        let near = |adapter: &str| {
+            let found = json_of(&["logits", "--model", &model, "--adapter", adapter, "--tokens", &tokens]);
+            let found: Vec<f64> = found["logits"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+            assert!(deviation(&found, &expected) < 1e-4, "{case}: {}", deviation(&found, &expected));
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let (theirs, peft, back) = (testdata(&format!("adapterhub/{case}")), path("peft"), path("back"));
+        near(&theirs);
+        let to_peft = json_of(&["convert", "--json", "--adapter", &theirs, "--out", &peft]);
+        assert_eq!(to_peft["layout"], "PEFT");
+        near(&peft);
+        let to_hub = json_of(&["convert", "--json", "--adapter", &peft, "--out", &back, "--name", "task"]);
+        assert_eq!(to_hub["layout"], "AdapterHub");
+        near(&back);
+        let (code, message) = refused(&["convert", "--adapter", &peft, "--out", &back]);
+        assert!(code == 2 && message.contains("there is an adapter already"), "{message}");
+    }
+}
+
+#[test]
+fn a_name_that_would_break_the_keys_is_refused() {
+    let adapter = testdata("lora/llama/plain");
+    let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere", "--name", "a.b"]);
+    assert!(code == 2 && message.contains("part of each key"), "{message}");
+    // A Llama's projections have other names than AdapterHub's layout has flags for.
+    let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
+    assert!(code != 0 && message.contains("target_modules"), "{message}");
+}
