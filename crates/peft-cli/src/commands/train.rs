@@ -20,7 +20,7 @@ use peft_train::data::{Batches, split};
 use peft_train::{Evaluation, Objective, Outcome, Record, Summary, TrainConfig, Trained, read_metrics, train};
 use serde_json::{Value, json};
 
-use self::place::Place;
+use self::place::{Made, Place};
 use crate::methods::Adaptation;
 use crate::output::{Output, before_after, bytes, quoted, thousands};
 use crate::settings::{FILE, Settings};
@@ -65,7 +65,7 @@ pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode
     let settings = settings.resolve(given, args.config.as_deref(), args.resume)?;
     let name = settings.device.as_deref().unwrap_or(&context.device);
     let place = Place { dir: settings.out()?, resume: args.resume, overwrite: args.overwrite };
-    place.check()?;
+    place.check(settings.model.as_deref())?;
     // What cannot be is refused before anything is read.
     methods::by_name(&settings.method)?.build(&settings)?;
     settings.data()?;
@@ -113,7 +113,7 @@ impl Job<'_> {
     fn go<O: Objective>(&self, start: Start<'_, O>) -> Result<ExitCode> {
         let report = start.model.trainable();
         self.announce(&start, &report)?;
-        self.place.prepare()?;
+        self.place.prepare(self.made()?)?;
         self.settings.save(self.place.dir)?;
         let stop = interrupt::watch()?;
         let Start { objective, model, trained, batches, held_out, files: _, parameters: _, report: (_, data), next } =
@@ -186,9 +186,9 @@ impl Job<'_> {
             (Some(before), None) => screen.field("held out", format_args!("before training {before}"))?,
             _ => {}
         }
-        let whole = self.place.dir.join("model.safetensors").is_file();
-        let made =
-            if whole { "model.safetensors, config.json" } else { "adapter_model.safetensors, adapter_config.json" };
+        let made: Vec<&str> =
+            self.made()?.files().iter().copied().filter(|name| self.place.dir.join(name).exists()).collect();
+        let made = made.join(", ");
         screen.field("files", format_args!("{out}: {made}, metrics.jsonl, loss.svg, {FILE}, checkpoint-{steps}/"))?;
         if summary.outcome == Outcome::Interrupted {
             return screen.field("resume", format_args!("peft train --out {out} --resume"));
@@ -197,6 +197,11 @@ impl Job<'_> {
             screen.field(if at == 0 { "next" } else { "" }, command)?;
         }
         Ok(())
+    }
+
+    fn made(&self) -> Result<Made> {
+        let adapter = methods::by_name(&self.settings.method)?.peft_type().is_some();
+        Ok(if adapter { Made::Adapter } else { Made::Model })
     }
 
     /// Puts aside what is evaluated on: `--eval-data` as it was read, or a part of the data.

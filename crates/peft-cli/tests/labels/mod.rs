@@ -111,6 +111,13 @@ fn a_whole_model_and_a_head_alone_are_trained() {
         assert!(
             Path::new(&out).join("model.safetensors").is_file() && Path::new(&out).join("tokenizer.json").is_file()
         );
+        let tensors = |dir: &str| {
+            let path = Path::new(dir).join("model.safetensors");
+            peft_core::files::read_values(&path).unwrap()
+        };
+        let query = "encoder.layer.0.attention.self.query.weight";
+        let unchanged = tensors(&shop.path("bert"))[query] == tensors(&out)[&format!("bert.{query}")];
+        assert_eq!(unchanged, method == "head");
         let answer = json_of(&["predict", "--json", "--model", &out, "--text", "the film was good"]);
         assert!(["good", "bad"].contains(&answer["label"].as_str().unwrap()));
         // A checkpoint holds the model too, and is gone on from.
@@ -121,12 +128,13 @@ fn a_whole_model_and_a_head_alone_are_trained() {
             refused(&strs(&shop.train("films.csv", "none", &["--method", method, "--rank-pattern", "x=2"])));
         assert!(code == 2 && message.contains("--rank-pattern"), "{message}");
     }
-    // The body of the probe is that of the base.
-    let body = |model: &str| {
-        let json = json_of(&["logits", "--json", "--model", model, "--tokens", "2,5,3"]);
-        json["shape"].clone()
-    };
-    assert_eq!(body(&shop.path("head")), json!([1, 2]));
+    let full = shop.path("full");
+    let again = ["train", "--model", &full, "--data", "none.csv", "--out", &full, "--targets", "query", "--overwrite"];
+    let (code, message) = refused(&again);
+    assert!(code == 2 && message.contains("this is the folder of the model"), "{message}");
+    // An adapter in the same folder leaves nothing of the model there.
+    json_of(&strs(&shop.train("films.csv", "full", &[&LORA[..], &["--steps", "1", "--overwrite"]].concat())));
+    assert!(!Path::new(&format!("{full}/model.safetensors")).exists());
 }
 
 #[test]

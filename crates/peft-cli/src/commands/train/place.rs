@@ -3,8 +3,27 @@
 use std::path::{Path, PathBuf};
 
 use peft_core::files::{CONFIG_FILE, TENSOR_FILE};
+use peft_train::TASK_FILE;
 
+use crate::settings::FILE;
 use crate::{Error, Result};
+
+/// What a run makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Made {
+    Adapter,
+    Model,
+}
+
+impl Made {
+    /// Its own files.
+    pub(super) fn files(self) -> &'static [&'static str] {
+        match self {
+            Self::Adapter => &[TENSOR_FILE, CONFIG_FILE, TASK_FILE],
+            Self::Model => &["model.safetensors", "config.json"],
+        }
+    }
+}
 
 /// Where the run goes.
 pub(super) struct Place<'a> {
@@ -14,8 +33,13 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Refuses a folder that holds another run's work, before anything is read.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Refuses a folder that holds another run's work, or `model` itself, before anything is read.
+    pub(super) fn check(&self, model: Option<&str>) -> Result<()> {
+        let place = std::fs::canonicalize(self.dir).ok();
+        if place.is_some() && model.and_then(|model| std::fs::canonicalize(model).ok()) == place {
+            let what = format!("--out {}: this is the folder of the model that is to be trained", self.dir.display());
+            return Err(Error::usage(what, "give another folder"));
+        }
         let checkpoints = self.checkpoints()?;
         if self.resume {
             let what = || format!("--resume: {} holds no checkpoint", self.dir.display());
@@ -25,7 +49,8 @@ impl Place<'_> {
                 Ok(())
             };
         }
-        let made = [CONFIG_FILE, TENSOR_FILE, "config.json"].iter().any(|name| self.dir.join(name).exists());
+        let mut names = [Made::Adapter, Made::Model].into_iter().flat_map(Made::files);
+        let made = names.any(|name| self.dir.join(name).exists());
         if (made || !checkpoints.is_empty()) && !self.overwrite {
             let what = format!("--out {}: there is an adapter, a model or a checkpoint already", self.dir.display());
             return Err(Error::usage(what, "--resume to go on, --overwrite to replace it, or another folder"));
@@ -33,14 +58,23 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// Removes what would be mistaken for this run's; the adapter itself stays until the new one replaces it.
-    pub(super) fn prepare(&self) -> Result<()> {
+    /// Removes what would be mistaken for this run's; the adapter itself, or the model, stays until the new one replaces it. `made` is what the run makes.
+    pub(super) fn prepare(&self, made: Made) -> Result<()> {
         if self.resume {
             return Ok(());
         }
         let best = self.dir.join("best");
         for old in self.checkpoints()?.into_iter().chain(best.is_dir().then_some(best)) {
             std::fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+        }
+        // Only of an earlier run: whatever else is here is somebody's model.
+        let others = if made == Made::Model { Made::Adapter } else { Made::Model };
+        let others = others.files().iter().filter(|_| self.dir.join(FILE).is_file());
+        for name in others.chain(&["confusion.svg"]) {
+            let old = self.dir.join(name);
+            if old.is_file() {
+                std::fs::remove_file(&old).map_err(Error::io(&old))?;
+            }
         }
         Ok(())
     }
