@@ -111,12 +111,10 @@ fn a_whole_model_and_a_head_alone_are_trained() {
         assert!(
             Path::new(&out).join("model.safetensors").is_file() && Path::new(&out).join("tokenizer.json").is_file()
         );
-        let tensors = |dir: &str| {
-            let path = Path::new(dir).join("model.safetensors");
-            peft_core::files::read_values(&path).unwrap()
+        let query = |dir: &str, prefix: &str| {
+            tensor(&format!("{dir}/model.safetensors"), &format!("{prefix}encoder.layer.0.attention.self.query.weight"))
         };
-        let query = "encoder.layer.0.attention.self.query.weight";
-        let unchanged = tensors(&shop.path("bert"))[query] == tensors(&out)[&format!("bert.{query}")];
+        let unchanged = query(&shop.path("bert"), "") == query(&out, "bert.");
         assert_eq!(unchanged, method == "head");
         let answer = json_of(&["predict", "--json", "--model", &out, "--text", "the film was good"]);
         assert!(["good", "bad"].contains(&answer["label"].as_str().unwrap()));
@@ -206,21 +204,21 @@ fn adapters_of_peft_with_heads_give_its_logits() {
     }
 }
 
-/// The tensors of a file of which some are whole numbers.
+/// A tensor of a file, as its bytes.
 fn tensor(path: &str, key: &str) -> (safetensors::Dtype, Vec<u8>) {
-    let bytes = fs::read(testdata(path)).unwrap();
+    let bytes = fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let view = file.tensor(key).unwrap();
     (view.dtype(), view.data().to_vec())
 }
 
 pub(super) fn golden(path: &str, key: &str) -> Vec<f32> {
-    let (dtype, bytes) = tensor(path, key);
+    let (dtype, bytes) = tensor(&testdata(path), key);
     peft_core::files::decode(dtype, &bytes).unwrap()
 }
 
 pub(super) fn ints(path: &str, key: &str) -> Vec<i64> {
-    tensor(path, key).1.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect()
+    tensor(&testdata(path), key).1.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect()
 }
 
 /// Adapters by the names of `transformers` 5 and of 4 are one adapter.
