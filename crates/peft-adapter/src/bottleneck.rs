@@ -21,8 +21,9 @@ use peft_core::kernels::{Nonlinearity, activate, layer_norm};
 use peft_core::{Activation, AdapterFile, End, FileTensor, LayerKind, Method, Norm, Result, Site, Targets};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BottleneckConfig, InitWeights, NonLinearity, Residual, Scaling, block_of};
+use crate::config::{BottleneckConfig, InitWeights, InvAdapter, NonLinearity, Residual, Scaling, block_of};
 use crate::hub;
+use crate::invertible::Nice;
 use crate::projection::{Dense, Phm, Projection, Start};
 
 /// Added to the variance in a bottleneck's own norms: PyTorch's default.
@@ -30,7 +31,17 @@ const EPSILON: f64 = 1e-5;
 
 /// State of [`BottleneckConfig`] at one place.
 #[derive(Module, Debug)]
-pub struct BottleneckAdapter {
+#[allow(clippy::large_enum_variant, reason = "one is in each block, the other once in a model")]
+pub enum BottleneckAdapter {
+    /// Where a sub-layer ends.
+    Bottleneck(Bottleneck),
+    /// Behind the embeddings.
+    Invertible(Nice),
+}
+
+/// A bottleneck where a sub-layer ends.
+#[derive(Module, Debug)]
+pub struct Bottleneck {
     norm_before: Option<OwnNorm>,
     down: Projection,
     up: Projection,
@@ -70,7 +81,47 @@ pub(crate) struct Through {
     pub(crate) up: Tensor<3>,
 }
 
-impl BottleneckAdapter {
+impl Bottleneck {
+    /// # Errors
+    /// When the configuration does not fit this place.
+    pub(crate) fn new(config: &BottleneckConfig, site: &Site, seed: u64) -> Result<Self> {
+        let (width, inner, mut rng) = (site.d_out, config.inner_width(site)?, site.rng(seed));
+        let mut projection = |shape, start| -> Result<Projection> {
+            if config.phm_layer {
+                let numbers = [config.phm_dim, config.phm_rank];
+                return Ok(Projection::Phm(Phm::new(site, shape, numbers, start, &mut rng)?));
+            }
+            Ok(Projection::Dense(Dense::new(site, shape, start, &mut rng)))
+        };
+        let [first, second] = config.init_weights.starts();
+        let (down, up) = (projection([width, inner], first)?, projection([inner, width], second)?);
+        let (scale, constant) = match config.scaling {
+            Scaling::Constant(scale) => (None, scale),
+            Scaling::Learned => (Some(site.param([1], || 1.0)), 1.0),
+            Scaling::Channel => (Some(site.param([width], || 1.0)), 1.0),
+        };
+        Ok(Self {
+            norm_before: config.ln_before.then(|| OwnNorm::new(site)),
+            down,
+            up,
+            scale,
+            norm_after: config.ln_after.then(|| OwnNorm::new(site)),
+            gate: config.use_gating.then(|| {
+                Dense::new(site, [width, 1], Start::Normal { std: 0.02, cut: false }, &mut site.rng(seed ^ 1))
+            }),
+            dropout: DropoutConfig::new(config.dropout).init(),
+            form: Form {
+                non_linearity: config.non_linearity,
+                original_ln_before: config.original_ln_before,
+                original_ln_after: config.original_ln_after,
+                is_parallel: config.is_parallel,
+                residual: config.residual_before_ln,
+                adapter_residual_before_ln: config.adapter_residual_before_ln,
+                scale: constant,
+            },
+        })
+    }
+
     /// What the bottleneck sees of a sub-layer that computed `output`, and what is added to what it makes of that.
     pub(crate) fn before(
         &self,
@@ -145,7 +196,7 @@ impl OwnNorm {
 }
 
 impl NonLinearity {
-    fn apply(self, x: Tensor<2>) -> Tensor<2> {
+    pub(crate) fn apply(self, x: Tensor<2>) -> Tensor<2> {
         match self {
             Self::Relu => activate(x, Nonlinearity::Relu),
             Self::Gelu => activate(x, Nonlinearity::Gelu),
@@ -155,6 +206,17 @@ impl NonLinearity {
             Self::Sigmoid => activation::sigmoid(x),
             Self::LeakyRelu => activation::leaky_relu(x, 0.01),
             Self::Linear => x,
+        }
+    }
+}
+
+impl InitWeights {
+    /// Of the first projection and of the second.
+    pub(crate) fn starts(self) -> [Start; 2] {
+        match self {
+            Self::Bert => [Start::Normal { std: 0.02, cut: false }; 2],
+            Self::Houlsby => [Start::Normal { std: 0.01, cut: true }; 2],
+            Self::MamAdapter => [Start::Kaiming, Start::Zeros],
         }
     }
 }
@@ -176,48 +238,18 @@ impl Method for BottleneckConfig {
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<BottleneckAdapter> {
-        let (width, inner, mut rng) = (site.d_out, self.inner_width(site)?, site.rng(seed));
-        let (first, second) = match self.init_weights {
-            InitWeights::Bert => (Start::Normal { std: 0.02, cut: false }, Start::Normal { std: 0.02, cut: false }),
-            InitWeights::Houlsby => (Start::Normal { std: 0.01, cut: true }, Start::Normal { std: 0.01, cut: true }),
-            InitWeights::MamAdapter => (Start::Kaiming, Start::Zeros),
-        };
-        let mut projection = |shape, start| -> Result<Projection> {
-            if self.phm_layer {
-                let numbers = [self.phm_dim, self.phm_rank];
-                return Ok(Projection::Phm(Phm::new(site, shape, numbers, start, &mut rng)?));
+        Ok(match (site.kind, self.inv_adapter) {
+            (LayerKind::Embedded, Some(InvAdapter::Nice)) => {
+                BottleneckAdapter::Invertible(Nice::new(self, site, seed)?)
             }
-            Ok(Projection::Dense(Dense::new(site, shape, start, &mut rng)))
-        };
-        let (down, up) = (projection([width, inner], first)?, projection([inner, width], second)?);
-        let (scale, constant) = match self.scaling {
-            Scaling::Constant(scale) => (None, scale),
-            Scaling::Learned => (Some(site.param([1], || 1.0)), 1.0),
-            Scaling::Channel => (Some(site.param([width], || 1.0)), 1.0),
-        };
-        Ok(BottleneckAdapter {
-            norm_before: self.ln_before.then(|| OwnNorm::new(site)),
-            down,
-            up,
-            scale,
-            norm_after: self.ln_after.then(|| OwnNorm::new(site)),
-            gate: self.use_gating.then(|| {
-                Dense::new(site, [width, 1], Start::Normal { std: 0.02, cut: false }, &mut site.rng(seed ^ 1))
-            }),
-            dropout: DropoutConfig::new(self.dropout).init(),
-            form: Form {
-                non_linearity: self.non_linearity,
-                original_ln_before: self.original_ln_before,
-                original_ln_after: self.original_ln_after,
-                is_parallel: self.is_parallel,
-                residual: self.residual_before_ln,
-                adapter_residual_before_ln: self.adapter_residual_before_ln,
-                scale: constant,
-            },
+            _ => BottleneckAdapter::Bottleneck(Bottleneck::new(self, site, seed)?),
         })
     }
 
-    fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
+    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
+        if kind == LayerKind::Embedded {
+            return Nice::TENSORS;
+        }
         const fn plain(field: &'static str, key: &'static str) -> FileTensor {
             FileTensor { field, key, transposed: false }
         }
@@ -245,6 +277,10 @@ impl Method for BottleneckConfig {
                 plain("gate.bias", "gate.bias"),
             ]
         }
+    }
+
+    fn embeds(&self) -> bool {
+        self.inv_adapter.is_some()
     }
 
     fn leaves_out(&self, path: &str) -> bool {
@@ -283,8 +319,19 @@ impl Reparameterization for BottleneckAdapter {
 
 impl Activation for BottleneckAdapter {
     fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
-        let (x, residual) = self.before(end.output.clone(), &end.input, end.norm);
-        let hidden = self.through(x, residual).output;
-        self.after(hidden, end)
+        let Self::Bottleneck(bottleneck) = self else { return end.close() };
+        let (x, residual) = bottleneck.before(end.output.clone(), &end.input, end.norm);
+        let hidden = bottleneck.through(x, residual).output;
+        bottleneck.after(hidden, end)
+    }
+
+    fn embedded(&self, x: Tensor<2>) -> Tensor<2> {
+        let Self::Invertible(nice) = self else { return x };
+        nice.forward(x)
+    }
+
+    fn unembedded(&self, x: Tensor<2>) -> Tensor<2> {
+        let Self::Invertible(nice) = self else { return x };
+        nice.back(x)
     }
 }

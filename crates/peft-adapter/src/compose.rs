@@ -12,7 +12,7 @@ use burn::tensor::Tensor;
 use peft_core::{Activation, AdapterFile, End, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
 use serde::{Deserialize, Serialize};
 
-use crate::bottleneck::BottleneckAdapter;
+use crate::bottleneck::Bottleneck;
 use crate::config::{AFTER_ATTENTION, AFTER_FEED_FORWARD, BottleneckConfig};
 use crate::fusion::Fusion;
 
@@ -61,7 +61,7 @@ pub struct ComposedConfig {
 #[derive(Module, Debug)]
 pub struct ComposedAdapter {
     /// The adapters; `None` for one that is not at this place.
-    parts: Vec<Option<BottleneckAdapter>>,
+    parts: Vec<Option<Bottleneck>>,
     fusion: Option<Fusion>,
     #[module(skip)]
     composition: Composition,
@@ -124,6 +124,7 @@ pub fn composed(
     adapters: Vec<AdapterFile<BottleneckConfig>>,
     composition: Composition,
 ) -> Result<AdapterFile<ComposedConfig>> {
+    adapters.iter().try_for_each(|adapter| no_embedding(std::slice::from_ref(&adapter.method)))?;
     let (mut tensors, mut methods) = (BTreeMap::new(), Vec::new());
     for (number, adapter) in adapters.into_iter().enumerate() {
         for (key, values) in adapter.tensors {
@@ -140,6 +141,13 @@ pub fn composed(
     Ok(AdapterFile { method, base_model: None, task_type: None, base_fingerprint: None, tensors })
 }
 
+fn no_embedding(adapters: &[BottleneckConfig]) -> Result<()> {
+    match adapters.iter().find_map(|adapter| adapter.inv_adapter) {
+        Some(found) => Err(Error::config("inv_adapter", "null: no composition has one yet", format!("{found:?}"))),
+        None => Ok(()),
+    }
+}
+
 /// The field that the adapters of a composition are in, by number.
 const PARTS: &str = "parts";
 
@@ -153,6 +161,7 @@ impl Method for ComposedConfig {
 
     fn check(&self) -> Result<()> {
         self.adapters.iter().try_for_each(BottleneckConfig::check_values)?;
+        no_embedding(&self.adapters)?;
         let numbers = self.composition.numbers();
         let wrong = |expected: String, found: String| Err(Error::config("composition", expected, found));
         if numbers.is_empty() {
@@ -176,11 +185,11 @@ impl Method for ComposedConfig {
 
     fn init(&self, site: &Site, seed: u64) -> Result<ComposedAdapter> {
         let fuses = self.composition.fuses();
-        let part = |(number, config): (usize, &BottleneckConfig)| -> Result<Option<BottleneckAdapter>> {
+        let part = |(number, config): (usize, &BottleneckConfig)| -> Result<Option<Bottleneck>> {
             if !config.targets.matcher()?.matches(&site.path, Some(site.kind)) || config.leaves_out(&site.path) {
                 return Ok(None);
             }
-            let adapter = config.init(site, seed.wrapping_add(number as u64))?;
+            let adapter = Bottleneck::new(config, site, seed.wrapping_add(number as u64))?;
             Ok(Some(if fuses { adapter.no_grad() } else { adapter }))
         };
         let parts: Vec<_> = self.adapters.iter().enumerate().map(part).collect::<Result<_>>()?;
@@ -280,7 +289,7 @@ impl ComposedAdapter {
     }
 
     fn fused(&self, numbers: &[usize], end: End<'_>) -> Tensor<3> {
-        let parts: Vec<&BottleneckAdapter> = numbers.iter().filter_map(|number| self.parts[*number].as_ref()).collect();
+        let parts: Vec<&Bottleneck> = numbers.iter().filter_map(|number| self.parts[*number].as_ref()).collect();
         let (Some(fusion), Some(last)) = (&self.fusion, parts.last()) else { return end.output };
         let (x, residual) = last.before(end.output, &end.input, end.norm);
         let ups = parts.iter().map(|part| part.through(x.clone(), residual.clone()).up).collect();
@@ -288,7 +297,7 @@ impl ComposedAdapter {
     }
 
     /// The adapter whose form the end of the sub-layer has.
-    fn last(&self, composition: &Composition) -> Option<&BottleneckAdapter> {
+    fn last(&self, composition: &Composition) -> Option<&Bottleneck> {
         composition.numbers().into_iter().rev().find_map(|number| self.parts[number].as_ref())
     }
 

@@ -65,6 +65,10 @@ pub struct BottleneckConfig {
     pub phm_dim: usize,
     /// Rank of their second factors.
     pub phm_rank: usize,
+    /// What sits behind the model's embeddings besides, whatever the targets are.
+    pub inv_adapter: Option<InvAdapter>,
+    /// Half the width of the model over what is between the projections there.
+    pub inv_adapter_reduction_factor: f64,
     /// Blocks without a bottleneck, by number: Rücklé et al. 2021, arXiv:2010.11918 (AdapterDrop).
     pub leave_out: Vec<usize>,
     /// Which places.
@@ -123,6 +127,14 @@ pub enum InitWeights {
     MamAdapter,
 }
 
+/// An adapter behind a model's embeddings that can be turned round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InvAdapter {
+    /// Each half of the features moved by what the other one says: [`Nice`](crate::Nice).
+    Nice,
+}
+
 /// Factor of what a bottleneck adds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scaling {
@@ -164,6 +176,8 @@ impl Default for BottleneckConfig {
             phm_layer: false,
             phm_dim: 4,
             phm_rank: 1,
+            inv_adapter: None,
+            inv_adapter_reduction_factor: 2.0,
             leave_out: Vec::new(),
             targets: Targets::default(),
         }
@@ -212,6 +226,12 @@ impl BottleneckConfig {
         Self { non_linearity: NonLinearity::Gelu, phm_layer: true, ..Self::pfeiffer(reduction_factor) }
     }
 
+    /// The same with an invertible adapter behind the embeddings.
+    #[must_use]
+    pub fn with_inv_adapter(self, reduction_factor: f64) -> Self {
+        Self { inv_adapter: Some(InvAdapter::Nice), inv_adapter_reduction_factor: reduction_factor, ..self }
+    }
+
     /// The width of the bottleneck at that place: at least one.
     pub(crate) fn inner_width(&self, site: &Site) -> Result<usize> {
         let factor = match &self.reduction_factor {
@@ -231,9 +251,12 @@ impl BottleneckConfig {
             ReductionFactor::All(factor) => vec![*factor],
             ReductionFactor::ByBlock(factors) => factors.values().copied().collect(),
         };
-        // A bottleneck sixteen times wider than the model is a mistake, and an allocation.
-        if let Some(bad) = factors.iter().find(|factor| !(1.0 / 16.0..=1e6).contains(*factor)) {
-            return Err(Error::config("reduction_factor", "a number between 1/16 and a million", bad));
+        let inv = ("inv_adapter_reduction_factor", self.inv_adapter_reduction_factor);
+        for (field, factor) in factors.into_iter().map(|factor| ("reduction_factor", factor)).chain([inv]) {
+            // A bottleneck sixteen times wider than the model is a mistake, and an allocation.
+            if !(1.0 / 16.0..=1e6).contains(&factor) {
+                return Err(Error::config(field, "a number between 1/16 and a million", factor));
+            }
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", "a probability in 0..1", self.dropout));

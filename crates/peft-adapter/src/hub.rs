@@ -2,7 +2,8 @@
 //!
 //! Keys there: `{sub-layer}.adapters.{name}.adapter_down.0.weight`, where the sub-layer of BERT and RoBERTa is the module of its last projection
 //! (`bert.encoder.layer.0.output`), and of every other model the place itself (`transformer.h.0.output_adapters`). A norm before the bottleneck is
-//! part of `adapter_down` and stored twice. A rule that all of Compacter's layers share becomes one in each.
+//! part of `adapter_down` and stored twice. A rule that all of Compacter's layers share becomes one in each. What is behind the embeddings is called as here:
+//! `bert.invertible_adapters.{name}.F.0.weight`.
 
 mod fusion;
 pub(crate) mod ia3;
@@ -19,11 +20,11 @@ pub use self::fusion::read_fusion;
 
 const CONTAINER: &str = "adapters";
 const SHARED: &str = "shared_parameters";
+const INVERTIBLE: &str = "invertible_adapters";
 
 /// Parts of bottlenecks that are not built: a field, and the value that does without.
-const NOT_BUILT: [(&str, Value); 7] = [
+const NOT_BUILT: [(&str, Value); 6] = [
     ("cross_adapter", Value::Bool(false)),
-    ("inv_adapter", Value::Null),
     ("shared_W_phm", Value::Bool(false)),
     ("factorized_phm_rule", Value::Bool(false)),
     ("factorized_phm_W", Value::Bool(true)),
@@ -35,9 +36,16 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(BottleneckConfig, BTreeMap<Str
     let mut method = method_of(&folder.config)?;
     let shared = format!(".{SHARED}.{}.phm_rule", folder.name);
     let rule = folder.tensors.iter().find(|(key, _)| key.ends_with(&shared)).map(|(_, rule)| rule);
-    let own = folder.tensors.iter().filter(|(key, _)| !key.ends_with(&shared));
-    let own = HubFolder { tensors: own.map(|(key, values)| (key.clone(), values.clone())).collect(), ..folder.clone() };
+    let mut own = HubFolder { tensors: BTreeMap::new(), ..folder.clone() };
     let (mut tensors, mut places, mut problems) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
+    let invertible = format!("{INVERTIBLE}.{}.", folder.name);
+    for (key, values) in folder.tensors.iter().filter(|(key, _)| !key.ends_with(&shared)) {
+        if key.contains(&invertible) {
+            tensors.insert(key.replacen(&invertible, &format!("{INVERTIBLE}."), 1), values.clone());
+        } else {
+            own.tensors.insert(key.clone(), values.clone());
+        }
+    }
     for (module, rest, values) in own.parts(CONTAINER)? {
         match (place_of(module), key_of(rest, method.ln_before)) {
             (Some(place), Some(key)) => {
@@ -66,6 +74,11 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(BottleneckConfig, BTreeMap<Str
 pub(crate) fn write(file: &AdapterFile<BottleneckConfig>, name: &str) -> Result<HubFolder> {
     let (method, mut tensors, mut places) = (&file.method, BTreeMap::new(), BTreeSet::new());
     for (key, values) in &file.tensors {
+        if let Some(at) = key.find(INVERTIBLE) {
+            let (module, rest) = key.split_at(at + INVERTIBLE.len());
+            tensors.insert(format!("{module}.{name}{rest}"), values.clone());
+            continue;
+        }
         let split = [AFTER_ATTENTION, AFTER_FEED_FORWARD].iter().find_map(|place| {
             let (block, rest) = key.split_once(&format!(".{place}."))?;
             Some((block, *place, rest))
@@ -86,6 +99,10 @@ pub(crate) fn write(file: &AdapterFile<BottleneckConfig>, name: &str) -> Result<
 }
 
 fn method_of(config: &Map<String, Value>) -> Result<BottleneckConfig> {
+    if let Some(found) = config.get("inv_adapter").filter(|found| ![Value::Null, json!("nice")].contains(found)) {
+        let expected = "null or \"nice\": the library's \"glow\" fails on any input";
+        return Err(Error::config("inv_adapter", expected, found));
+    }
     for (field, without) in NOT_BUILT {
         if let Some(found) = config.get(field).filter(|found| **found != without) {
             return Err(Error::config(field, format!("{without}: this part of bottlenecks is not built yet"), found));

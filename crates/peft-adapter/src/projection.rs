@@ -61,6 +61,11 @@ impl Dense {
         Self { weight: start.values(site, [d_in, d_out], d_in, rng), bias: site.zeros([d_out]) }
     }
 
+    /// The type that is computed in.
+    pub(crate) fn dtype(&self) -> DType {
+        self.bias.val().dtype()
+    }
+
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         burn::tensor::module::linear(x, self.weight.val(), Some(self.bias.val()))
     }
@@ -107,7 +112,7 @@ impl Projection {
     /// The type that is computed in.
     pub(crate) fn dtype(&self) -> DType {
         match self {
-            Self::Dense(dense) => dense.bias.val().dtype(),
+            Self::Dense(dense) => dense.dtype(),
             Self::Phm(phm) => phm.bias.val().dtype(),
         }
     }

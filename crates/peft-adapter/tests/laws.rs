@@ -2,14 +2,18 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::Device;
+use burn::tensor::{Device, Distribution, Tensor, Tolerance};
 use peft_adapter::{BottleneckConfig, InitWeights, NonLinearity, Residual, Scaling};
-use peft_core::{Error, Peft, Problem, Site};
-use peft_testkit::{Laws, table};
+use peft_core::{Embedded, Error, LayerKind, Peft, Problem, Site, SubLayer};
+use peft_testkit::{Laws, fill_adapter, table};
 
 /// Of a model of 16 features and a bottleneck of 4.
 fn count(config: &BottleneckConfig, site: &Site) -> usize {
     let (width, inner) = (site.d_out, 4);
+    if site.kind == LayerKind::Embedded {
+        let (half, inner) = (width / 2, (width as f64 / 2.0 / config.inv_adapter_reduction_factor) as usize);
+        return 4 * half * inner + 2 * inner + width;
+    }
     let projections = if config.phm_layer {
         let (n, rank) = (config.phm_dim, config.phm_rank);
         2 * (n * n * n + rank * (width + inner)) + inner + width
@@ -63,6 +67,13 @@ fn compacter() {
 }
 
 #[test]
+fn invertible() {
+    hold(BottleneckConfig::pfeiffer(4.0).with_inv_adapter(2.0));
+    let houlsby = BottleneckConfig::houlsby(4.0).with_inv_adapter(0.5);
+    hold_laws(&Laws::new(houlsby, count, ("inv_adapter_reduction_factor", 0.0.into())).skip("unaware", AWARE));
+}
+
+#[test]
 fn own_norms_gate_and_residuals() {
     let all = BottleneckConfig {
         ln_before: true,
@@ -84,6 +95,53 @@ fn initial_values_near_the_identity() {
         .skip("unaware", AWARE)
         .skip("identity", "init_weights houlsby starts near the identity, not at it");
     hold_laws(&laws);
+}
+
+/// What enters the blocks leaves them as it was, of an odd width too; bit for bit in both directions while the adapter is new.
+#[test]
+fn an_invertible_adapter_goes_back() {
+    #[derive(Module, Debug)]
+    struct Text {
+        invertible_adapters: Embedded,
+        output_adapters: SubLayer,
+    }
+
+    let device = Device::flex();
+    let text = |width| Text {
+        invertible_adapters: Embedded::new(width, &device),
+        output_adapters: SubLayer::new(width, &device),
+    };
+    let config = BottleneckConfig::pfeiffer(2.0).with_inv_adapter(2.0);
+    for width in [8, 7] {
+        let x = Tensor::<3>::random([2, 3, width], Distribution::Normal(0.0, 1.0), &device);
+        let new = text(width).attach(&config).unwrap();
+        new.invertible_adapters.enter(x.clone()).into_data().assert_eq(&x.to_data(), true);
+        let random = fill_adapter(new).invertible_adapters;
+        let y = random.enter(x.clone());
+        let moved = (y.clone() - x.clone()).abs().max().into_scalar::<f32>();
+        assert!(moved > 0.1, "{moved}");
+        random.leave(y).into_data().assert_approx_eq(&x.into_data(), Tolerance::<f32>::absolute(1e-5));
+    }
+}
+
+/// A configuration that asks for an adapter behind the embeddings of a model that declares no such place is refused, rather than the half of it attached.
+#[test]
+fn a_model_without_a_place_behind_its_embeddings_is_refused() {
+    #[derive(Module, Debug)]
+    struct Block {
+        output_adapters: SubLayer,
+    }
+
+    let block = Block { output_adapters: SubLayer::new(4, &Device::flex()) };
+    let config = BottleneckConfig::pfeiffer(2.0);
+    assert!(block.clone().attach(&config).is_ok());
+    match block.attach(&config.with_inv_adapter(2.0)) {
+        Err(Error::Attach { problems, .. }) => {
+            assert!(matches!(&problems[..], [Problem::NoPlace { .. }]), "{problems:?}");
+            assert!(problems[0].to_string().contains("Embedded"), "{}", problems[0]);
+        }
+        other => panic!("expected `NoPlace`, found {other:?}"),
+    }
 }
 
 /// A model that declares no place cannot have a bottleneck.

@@ -39,6 +39,16 @@ pub trait Activation {
     fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
         end.close()
     }
+
+    /// Adapted embeddings, `[rows, width]`: what goes into the model's blocks in place of `x`.
+    fn embedded(&self, x: Tensor<2>) -> Tensor<2> {
+        x
+    }
+
+    /// The reverse of [`embedded`](Self::embedded), for hidden states before a head over the vocabulary.
+    fn unembedded(&self, x: Tensor<2>) -> Tensor<2> {
+        x
+    }
 }
 
 /// The frozen layer under an adapter, dense or packed.

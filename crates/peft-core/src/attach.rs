@@ -6,7 +6,8 @@ use burn::module::{Module, Param, ParamId, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
 use crate::{
-    Error, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan, visit_params,
+    Error, LayerKind, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
+    visit_params,
 };
 
 /// [`attach`] and the report as methods of every Burn module.
@@ -56,11 +57,13 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
     let mut sites = Vec::new();
     for (path, container) in &found.modules {
         let site = by_path.get(path.as_str()).copied();
-        if !matcher.matches(path, site.map(|s| s.kind)) || method.leaves_out(path) {
+        let behind = site.is_some_and(|site| site.kind == LayerKind::Embedded);
+        let wanted = if behind { method.embeds() } else { matcher.matches(path, site.map(|s| s.kind)) };
+        if !wanted || method.leaves_out(path) {
             continue;
         }
         match site {
-            Some(site) if method.kinds().contains(&site.kind) => {
+            Some(site) if behind || method.kinds().contains(&site.kind) => {
                 if let (Some(reason), false) = (method.needs_activation(site), site.aware) {
                     problems.push(Problem::NotAware { path: path.clone(), reason });
                 }
@@ -73,10 +76,12 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
             }),
         }
     }
-    let placeless = !found.sites.iter().any(|site| method.kinds().contains(&site.kind));
-    if placeless && problems.is_empty() {
+    let has = |kinds: &[LayerKind]| found.sites.iter().any(|site| kinds.contains(&site.kind));
+    if problems.is_empty() && !has(method.kinds()) {
         problems.push(Problem::NoPlace { expected: format!("{:?}", method.kinds()) });
-    } else if sites.is_empty() && problems.is_empty() {
+    } else if problems.is_empty() && method.embeds() && !has(&[LayerKind::Embedded]) {
+        problems.push(Problem::NoPlace { expected: format!("{:?}", [LayerKind::Embedded]) });
+    } else if problems.is_empty() && sites.iter().all(|site| site.kind == LayerKind::Embedded) {
         let targets = method.targets().to_string();
         let near = nearest(found.sites.iter().map(|site| site.path.as_str()), &targets);
         problems.push(Problem::NoMatch { targets, near });

@@ -111,8 +111,8 @@ pub enum Problem {
     },
     /// The model has no layer of a kind that the method knows.
     #[error(
-        "the model has no layer of the kinds {expected}; where it is a SubLayer, give the model's blocks a field of type `peft_core::SubLayer` and \
-         call its `end`"
+        "the model has no layer of the kinds {expected}; a SubLayer is a field of type `peft_core::SubLayer` in the model's blocks, which call its `end`, and an \
+         Embedded one of type `peft_core::Embedded` behind its embeddings"
     )]
     NoPlace {
         /// Kinds that would do.

@@ -5,6 +5,7 @@
 //! earlier adapter whole.
 
 mod hub;
+mod legacy;
 mod torch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -4,7 +4,7 @@
 //! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
 //! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
-//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
+//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
 //!
@@ -12,6 +12,7 @@
 
 mod activation;
 mod attach;
+mod embedded;
 mod error;
 pub mod files;
 mod fingerprint;
@@ -31,6 +32,7 @@ pub use activation::{
     rms_norm,
 };
 pub use attach::{Peft, attach};
+pub use embedded::Embedded;
 pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
 pub use fingerprint::base_fingerprint;

@@ -2,8 +2,9 @@
 
 use burn::module::Reparameterization as _;
 
+use crate::Quantized;
 use crate::named::NAMED;
-use crate::{Quantized, SubLayer};
+use crate::sub_layer::PLACE;
 
 /// What the layer around a parameter is, as far as adapters care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,6 +23,8 @@ pub enum LayerKind {
     Conv2d,
     /// [`SubLayer`](crate::SubLayer): no weight at all, but the place where a sub-layer of a block ends.
     SubLayer,
+    /// [`Embedded`](crate::Embedded): no weight at all, but the place behind a model's embeddings.
+    Embedded,
 }
 
 impl LayerKind {
@@ -34,6 +37,7 @@ impl LayerKind {
             "Struct:RmsNorm" => Some(Self::RmsNorm),
             "Struct:Conv2d" => Some(Self::Conv2d),
             "Struct:SubLayer" => Some(Self::SubLayer),
+            "Struct:Embedded" => Some(Self::Embedded),
             _ => None,
         }
     }
@@ -43,12 +47,17 @@ impl LayerKind {
         matches!(self, Self::Linear | Self::Conv1D)
     }
 
+    /// Whether it is there only for an adapter to sit in.
+    pub fn is_place(self) -> bool {
+        matches!(self, Self::SubLayer | Self::Embedded)
+    }
+
     /// The name of the parameter that an adapter of such a layer sits in.
     pub(crate) fn weight(self) -> &'static str {
         match self {
             Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
             Self::LayerNorm | Self::RmsNorm => "gamma",
-            Self::SubLayer => SubLayer::PLACE,
+            Self::SubLayer | Self::Embedded => PLACE,
         }
     }
 
@@ -59,7 +68,7 @@ impl LayerKind {
         }
         match (self, shape) {
             (Self::Linear | Self::Conv1D | Self::Embedding, [d_in, d_out]) => Some((*d_in, *d_out)),
-            (Self::LayerNorm | Self::RmsNorm | Self::SubLayer, [width]) => Some((*width, *width)),
+            (Self::LayerNorm | Self::RmsNorm | Self::SubLayer | Self::Embedded, [width]) => Some((*width, *width)),
             (Self::Conv2d, [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
             _ => None,
         }
@@ -170,7 +179,7 @@ const BETA: &str = "beta";
 impl Location {
     /// Whether the parameter is there only for an adapter to sit in.
     pub(crate) fn is_place(&self) -> bool {
-        self.field.is_none() && self.kind == Some(LayerKind::SubLayer)
+        self.field.is_none() && self.kind.is_some_and(LayerKind::is_place)
     }
 
     /// Whether the parameter is what the layer adds to its output.

@@ -117,6 +117,12 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         Ok(None)
     }
 
+    /// Whether the method has an adapter behind the model's embeddings, at its [`Embedded`](crate::Embedded): that is for the method to say, whatever its targets are, and a
+    /// model without that place is refused.
+    fn embeds(&self) -> bool {
+        false
+    }
+
     /// Whether the method leaves out the module at that path, though its targets name it.
     fn leaves_out(&self, path: &str) -> bool {
         let _ = path;

@@ -164,7 +164,7 @@ pub fn scan<M: Module>(module: &M) -> Scan {
         site.has_bias = biased.contains(&site.path);
         site.vectors = vectors.remove(&site.path).unwrap_or_default();
         // A place is there for adapters alone.
-        site.aware = site.kind == LayerKind::SubLayer
+        site.aware = site.kind.is_place()
             || aware.iter().any(|prefix| {
                 prefix.is_empty()
                     || site.path == *prefix

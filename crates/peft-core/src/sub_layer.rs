@@ -32,13 +32,18 @@ pub struct SubLayer {
 /// The norm after a sub-layer, `[batch, seq, width]` to the same.
 pub type Norm<'a> = &'a dyn Fn(Tensor<3>) -> Tensor<3>;
 
-impl SubLayer {
-    /// What the field of the place is called.
-    pub(crate) const PLACE: &'static str = "place";
+/// What the field of a place is called that an adapter sits in.
+pub(crate) const PLACE: &str = "place";
 
+/// What an adapter sits in where there is no weight: it is never read.
+pub(crate) fn new_place(width: usize, device: &Device) -> Param<Tensor<1>> {
+    Param::from_tensor(Tensor::zeros([width], device)).set_require_grad(false)
+}
+
+impl SubLayer {
     /// The end of a sub-layer of a model of that width.
     pub fn new(width: usize, device: &Device) -> Self {
-        Self { place: Param::from_tensor(Tensor::zeros([width], device)).set_require_grad(false) }
+        Self { place: new_place(width, device) }
     }
 
     /// Adds the output of a sub-layer to its input, and norms the sum where the model does so here: `norm(output + input)`.

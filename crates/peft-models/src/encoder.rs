@@ -10,7 +10,7 @@ mod vision;
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Tensor};
-use peft_core::{AdapterAware, Named, linear};
+use peft_core::{AdapterAware, Embedded, Named, linear};
 
 pub use self::block::Naming;
 use self::block::{Block, new_norm, norm};
@@ -44,6 +44,8 @@ pub struct Encoder {
 #[derive(Module, Debug)]
 struct Body {
     embeddings: Embeddings,
+    /// Behind the embeddings of texts alone: images have no language.
+    invertible_adapters: Option<Embedded>,
     layers: Named<Vec<Block>>,
     /// After the last block, where blocks norm first.
     norm: Option<Named<LayerNorm>>,
@@ -79,8 +81,10 @@ impl EncoderConfig {
         };
         let pooler = || fresh_linear("pooler.dense", self.hidden_size, self.hidden_size, seed, device);
         let block = || Block::new(self, &names, device);
+        let text = matches!(embeddings, Embeddings::Text(_));
         let body = Body {
             embeddings,
+            invertible_adapters: text.then(|| Embedded::new(self.hidden_size, device)),
             layers: Named::new(names.layers, (0..self.num_hidden_layers).map(|_| block()).collect()),
             norm: self.family.norms_first().then(|| new_norm("layernorm", self, device)),
             pooler: pooled.then(|| Named::new("pooler.dense", pooler())),
@@ -138,6 +142,9 @@ impl Encoder {
             (Embeddings::Patches(patches), Input::Pixels(pixels), _) => (patches.forward(pixels.clone()), None),
             _ => unreachable!("checked above"),
         };
+        if let Some(place) = &self.body.invertible_adapters {
+            x = place.enter(x);
+        }
         for block in self.body.layers.iter() {
             x = block.forward(x, &self.config, segments.as_ref());
         }

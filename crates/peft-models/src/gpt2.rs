@@ -4,7 +4,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Nonlinearity, Scores, activate, linear_cross_entropy};
-use peft_core::{AdapterAware, SubLayer, embedding_as, layer_norm, linear_with, product};
+use peft_core::{AdapterAware, Embedded, SubLayer, embedding_as, layer_norm, linear_with, product};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::Gpt2Config;
@@ -22,6 +22,7 @@ pub struct Gpt2 {
 struct Gpt2Model {
     wte: Embedding,
     wpe: Embedding,
+    invertible_adapters: Embedded,
     h: Vec<Gpt2Block>,
     ln_f: LayerNorm,
 }
@@ -93,6 +94,7 @@ impl Gpt2Config {
             transformer: Gpt2Model {
                 wte: table(self.vocab_size),
                 wpe: table(self.n_positions),
+                invertible_adapters: Embedded::new(self.n_embd, device),
                 h: (0..self.n_layer).map(|_| block()).collect(),
                 ln_f: norm(),
             },
@@ -133,7 +135,8 @@ impl Gpt2 {
         let positions = Tensor::<2, Int>::from_data(TensorData::new(positions, [rows, seq]), &device);
         // Tables may be in 16 bits, activations never.
         let dtype = model.ln_f.gamma.val().dtype();
-        let mut x = embedding_as(&model.wte, ids, dtype) + embedding_as(&model.wpe, positions, dtype);
+        let x = embedding_as(&model.wte, ids, dtype) + embedding_as(&model.wpe, positions, dtype);
+        let mut x = model.invertible_adapters.enter(x);
         for (at, block) in model.h.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let attended = block.attn.forward(self.norm(&block.ln_1, x.clone()), self.config.n_head, &pass, cache);
@@ -147,11 +150,13 @@ impl Gpt2 {
 
     /// Logits of hidden states: `[rows, n_embd]` to `[rows, vocab_size]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let hidden = self.transformer.invertible_adapters.leave(hidden);
         product(hidden, self.transformer.wte.weight.base().transpose())
     }
 
     /// What the head says of the tokens to come, without the logits of all: `[tokens, n_embd]` and `[tokens]`.
     pub fn scores(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Scores {
+        let hidden = self.transformer.invertible_adapters.leave(hidden);
         linear_cross_entropy(hidden, self.transformer.wte.weight.base().transpose(), targets, 0.0)
     }
 

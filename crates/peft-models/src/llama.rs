@@ -7,7 +7,7 @@ use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
-use peft_core::{AdapterAware, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm};
+use peft_core::{AdapterAware, Embedded, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
@@ -26,6 +26,7 @@ pub struct Llama {
 #[derive(Module, Debug)]
 struct LlamaModel {
     embed_tokens: Embedding,
+    invertible_adapters: Embedded,
     layers: Vec<LlamaLayer>,
     norm: RmsNorm,
 }
@@ -91,6 +92,7 @@ impl LlamaConfig {
                 embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden)
                     .with_initializer(initializer.clone())
                     .init(device),
+                invertible_adapters: Embedded::new(hidden, device),
                 layers: (0..self.num_hidden_layers).map(|_| layer()).collect(),
                 norm: norm(hidden),
             },
@@ -115,7 +117,8 @@ impl Llama {
         let rope = Some((&config.rope, config.head_dim));
         let pass = Pass::new(layout, past, seq, rope, &ids.device());
         // Tables may be in 16 bits, activations never.
-        let mut x = embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype());
+        let x = embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype());
+        let mut x = self.model.invertible_adapters.enter(x);
         for (at, layer) in self.model.layers.iter().enumerate() {
             let cache = cache.as_mut().map(|c| (&mut **c, at));
             let normed = rms_norm(&layer.input_layernorm, x.clone());
@@ -128,6 +131,7 @@ impl Llama {
 
     /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let hidden = self.model.invertible_adapters.leave(hidden);
         match &self.lm_head {
             Some(head) => linear(head, hidden),
             // As in `transformers`, an adapter on the embedding does not act on the tied head.
@@ -137,6 +141,7 @@ impl Llama {
 
     /// What the head says of the tokens to come, without the logits of all: `[tokens, hidden_size]` and `[tokens]`.
     pub fn scores(&self, hidden: Tensor<2>, targets: Tensor<1, Int>) -> Scores {
+        let hidden = self.model.invertible_adapters.leave(hidden);
         match &self.lm_head {
             Some(head) => cross_entropy(head, hidden, targets, 0.0),
             None => linear_cross_entropy(hidden, self.model.embed_tokens.weight.base().transpose(), targets, 0.0),

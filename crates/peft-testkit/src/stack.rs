@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::{AdapterAware, SubLayer};
+use peft_core::{AdapterAware, Embedded, SubLayer};
 
 use crate::state::{Part, fill, normal};
 
@@ -31,6 +31,8 @@ pub struct Stack {
     pub down: Linear,
     /// Of 16 values.
     pub norm: LayerNorm,
+    /// Behind the embeddings; through the weight seam nothing looks there.
+    pub invertible_adapters: Embedded,
     /// Where the one sub-layer ends; through the weight seam nothing looks there.
     pub output_adapters: SubLayer,
     /// Whether the model declares its layers adapter-aware.
@@ -56,6 +58,7 @@ impl Stack {
             up: linear(WIDTH, INNER).init(device),
             down: linear(INNER, WIDTH).with_bias(false).init(device),
             norm: LayerNormConfig::new(WIDTH).with_epsilon(EPSILON).init(device),
+            invertible_adapters: Embedded::new(WIDTH, device),
             output_adapters: SubLayer::new(WIDTH, device),
             aware: aware.then_some(AdapterAware),
         };
@@ -70,7 +73,7 @@ impl Stack {
                 self.norm.forward(self.down.forward(silu(self.up.forward(h.clone()))) + h)
             }
             Seam::Activation => {
-                let h = peft_core::embedding(&self.embed, ids) + x;
+                let h = self.invertible_adapters.enter(peft_core::embedding(&self.embed, ids) + x);
                 let y = peft_core::linear(&self.down, silu(peft_core::linear(&self.up, h.clone())));
                 let norm = |sum| peft_core::layer_norm(&self.norm, sum, EPSILON);
                 self.output_adapters.end(y, h, Some(&norm))

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::legacy::renew;
 use super::torch::read_torch;
 use super::{AdapterFile, CONFIG_FILE, Values, read_config, read_values, write_atomically, write_values};
 use crate::{Error, Method, Problem, Result};
@@ -40,7 +41,7 @@ pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
 }
 
 impl HubFolder {
-    /// Reads a folder.
+    /// Reads a folder, of an older version too.
     ///
     /// # Errors
     /// When a file is missing or malformed.
@@ -55,7 +56,9 @@ impl HubFolder {
         };
         let safe = dir.join(HUB_TENSOR_FILE);
         let tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
-        Ok(Self { config, name, model, tensors })
+        let mut folder = Self { config, name, model, tensors };
+        renew(&mut folder, &json);
+        Ok(folder)
     }
 
     /// Writes a folder; see [`write_atomically`].
