@@ -1,10 +1,11 @@
 """Write testdata/adapterhub: adapters saved by AdapterHub's library on the encoders of encoders.py, and what the models compute with each of them.
 
-Runs in an environment of its own (requirements-adapterhub.txt): the library needs transformers 4.
+Runs in an environment of its own (requirements-adapterhub.txt): the library needs transformers 4. Names as arguments: only those cases are written, the others stay.
 """
 
 import logging
 import shutil
+import sys
 
 import common
 from common import TESTDATA, difference, generator, write_json
@@ -13,7 +14,8 @@ import adapters
 import torch
 import transformers
 from adapters import AdapterPlusConfig, BertAdapterModel, CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig
-from adapters import Fuse, IA3Config, LoRAConfig, ParBnConfig, RobertaAdapterModel, SeqBnConfig, SeqBnInvConfig
+from adapters import DoubleSeqBnInvConfig, Fuse, GPT2AdapterModel, IA3Config, LlamaAdapterModel, LoRAConfig, ParBnConfig
+from adapters import RobertaAdapterModel, SeqBnConfig, SeqBnInvConfig
 from adapters.composition import Average, BatchSplit, Parallel, Split, Stack
 from adapters.configuration import DynamicAdapterFusionConfig, StaticAdapterFusionConfig
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 HUB = TESTDATA / "adapterhub"
 ADAPTER = "task"
 MODELS = {"bert": BertAdapterModel, "roberta": RobertaAdapterModel}
+DECODERS = {"gpt2": GPT2AdapterModel, "llama": LlamaAdapterModel}
 ID2LABEL = {0: "negative", 1: "neutral", 2: "positive"}
 SMALL = dict(reduction_factor=4)
 ALL = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
@@ -50,6 +53,7 @@ VARIANTS = {
     "seq_bn_drop": SeqBnConfig(leave_out=[0], **SMALL),
     "seq_bn_reduction": SeqBnConfig(reduction_factor={"1": 2, "default": 8}),
     "double_seq_bn_ln": DoubleSeqBnConfig(original_ln_before=True, ln_before=True, ln_after=True, **SMALL),
+    "double_seq_bn_inv": DoubleSeqBnInvConfig(inv_adapter_reduction_factor=4, non_linearity="gelu", **SMALL),
     "adapter_plus": AdapterPlusConfig(stochastic_depth=0.0, **SMALL),
     "par_bn_both": ParBnConfig(mh_adapter=True, ln_before=True, ln_after=True, **SMALL),
     "compacter_own_rule": CompacterConfig(shared_phm_rule=False, factorized_phm_rule=True, **SMALL),
@@ -150,11 +154,42 @@ def write_adapter(base, variant, config, layers=2, safetensors=True):
     check_again(base, lambda model: load_adapter(model, directory, safetensors), given, result)
     report(name, base, given, result["hidden"])
     finish(directory, seed_name, given | result)
-    return {"path": f"adapterhub/{name}", "base": f"{base}_seqcls", "variant": variant}
 
 
 def load_adapter(model, directory, safetensors):
     model.load_adapter(str(directory), set_active=True, use_safetensors=safetensors)
+
+
+def decoder(base):
+    """A language model with a head of the library's own: it alone runs an invertible adapter backwards."""
+    model = DECODERS[base].from_pretrained(TESTDATA / "models" / base, attn_implementation="eager")
+    model.config.name_or_path = f"testdata/models/{base}"
+    return model.eval()
+
+
+def write_decoder(base, variant, config):
+    name = f"{base}_{variant}"
+    directory, seed_name = HUB / name, f"adapterhub/{name}"
+    given = {"tokens": load_file(TESTDATA / "models" / base / "logits.safetensors")["tokens"]}
+    model, head = decoder(base), "default"
+    known = {name for name, _ in model.named_parameters()}
+    model.add_adapter(ADAPTER, config=config)
+    model.set_active_adapters(ADAPTER)
+    model.active_head = head
+    randomise(model, known, generator(seed_name))
+    result = outputs(model.eval(), given)
+    directory.mkdir(parents=True)
+    model.save_adapter(str(directory), ADAPTER, with_head=False, use_safetensors=True)
+    again = decoder(base)
+    load_adapter(again, directory, True)
+    again.active_head = head
+    assert difference(outputs(again.eval(), given)["logits"], result["logits"]) < 1e-5
+    finish(directory, seed_name, given | result)
+
+
+def write_bin(base, variant, config):
+    write_adapter(base, variant, config, safetensors=False)
+    write_legacy(HUB / f"{base}_{variant}")
 
 
 def write_legacy(source):
@@ -211,7 +246,6 @@ def write_fusion(base, variant, config):
     check_again(base, lambda model: load_fusion(model, directory), given, result)
     report(name, base, given, result["hidden"])
     finish(directory, seed_name, given | result)
-    return {"path": f"adapterhub/{name}", "base": f"{base}_seqcls", "variant": variant}
 
 
 def composed(model, given):
@@ -223,7 +257,7 @@ def composed(model, given):
     return hidden
 
 
-def write_compositions(base):
+def write_compositions(base, _variant):
     directory, seed_name = HUB / f"{base}_composition", f"adapterhub/{base}_composition"
     model, _ = two_adapters(base, seed_name)
     given = inputs(base)
@@ -241,16 +275,32 @@ def write_compositions(base):
 def main():
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    shutil.rmtree(HUB, ignore_errors=True)
-    cases = [write_adapter(base, variant, config) for base in MODELS for variant, config in METHODS.items()]
-    cases += [write_adapter("bert", variant, config) for variant, config in VARIANTS.items()]
-    cases.append(write_adapter("bert", "seq_bn_one_layer", METHODS["seq_bn"], layers=1))
-    cases.append(write_adapter("bert", "seq_bn_bin", METHODS["seq_bn"], safetensors=False))
-    write_legacy(HUB / "bert_seq_bn_bin")
-    cases += [write_fusion("bert", variant, config) for variant, config in FUSIONS.items()]
-    cases.append(write_fusion("roberta", "fusion", FUSIONS["fusion"]))
-    write_compositions("bert")
+    asked = sys.argv[1:]
+    if not asked:
+        shutil.rmtree(HUB, ignore_errors=True)
+    cases = []
+
+    def write(base, variant, writer, *arguments, listed=True, **options):
+        if not asked or f"{base}_{variant}" in asked:
+            shutil.rmtree(HUB / f"{base}_{variant}", ignore_errors=True)
+            writer(base, variant, *arguments, **options)
+        if listed:
+            cases.append({"path": f"adapterhub/{base}_{variant}", "base": f"{base}_seqcls", "variant": variant})
+
+    for base in MODELS:
+        for variant, config in METHODS.items():
+            write(base, variant, write_adapter, config)
+    for variant, config in VARIANTS.items():
+        write("bert", variant, write_adapter, config)
+    write("bert", "seq_bn_one_layer", write_adapter, METHODS["seq_bn"], layers=1)
+    write("bert", "seq_bn_bin", write_bin, METHODS["seq_bn"])
+    for variant, config in FUSIONS.items():
+        write("bert", variant, write_fusion, config)
+    write("roberta", "fusion", write_fusion, FUSIONS["fusion"])
     write_json(HUB / "cases.json", cases)
+    write("bert", "composition", write_compositions, listed=False)
+    for base in DECODERS:
+        write(base, "seq_bn_inv", write_decoder, SeqBnInvConfig(**SMALL), listed=False)
 
 
 if __name__ == "__main__":
