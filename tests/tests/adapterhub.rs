@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_adapter::{BottleneckConfig, Composition, Ia3Config, composed, read_fusion};
+use peft_adapter::{BottleneckConfig, Ia3Config, read_fusion};
 use peft_core::files::{HubFolder, peft_type, read_torch, read_values};
-use peft_core::{AdapterFile, Error, Method, Peft, Strictness, load_adapter};
+use peft_core::{AdapterFile, Composition, Error, Method, Peft, Strictness, composed, load_adapter};
 use peft_lora::LoraConfig;
 use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};

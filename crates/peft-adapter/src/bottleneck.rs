@@ -18,12 +18,14 @@ use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Tensor, activation};
 use peft_core::files::{HubFolder, Values};
 use peft_core::kernels::{Nonlinearity, activate, layer_norm};
-use peft_core::{Activation, AdapterFile, End, FileTensor, LayerKind, Method, Norm, Result, Site, Targets};
+use peft_core::{
+    Activation, AdapterFile, Composable, Dense, End, FileTensor, LayerKind, Method, Part, Result, Site, Start, Targets,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{BottleneckConfig, InitWeights, NonLinearity, Residual, Scaling, block_of};
 use crate::hub;
-use crate::projection::{Dense, Phm, Projection, Start};
+use crate::projection::{Phm, Projection};
 
 /// Added to the variance in a bottleneck's own norms: PyTorch's default.
 const EPSILON: f64 = 1e-5;
@@ -62,75 +64,18 @@ struct Form {
     scale: f64,
 }
 
-/// What a bottleneck makes of its input.
-pub(crate) struct Through {
-    /// With what is added to it: what goes on.
-    pub(crate) output: Tensor<3>,
-    /// Without it, and without dropout and norms: what fusion looks at.
-    pub(crate) up: Tensor<3>,
-}
-
 impl BottleneckAdapter {
-    /// What the bottleneck sees of a sub-layer that computed `output`, and what is added to what it makes of that.
-    pub(crate) fn before(
-        &self,
-        output: Tensor<3>,
-        input: &Tensor<3>,
-        norm: Option<Norm<'_>>,
-    ) -> (Tensor<3>, Tensor<3>) {
-        if self.form.is_parallel {
-            return (input.clone(), output);
-        }
-        if !self.form.original_ln_before {
-            return (output.clone(), output);
-        }
-        let sum = output.clone() + input.clone();
-        let normed = match norm {
-            Some(norm) => norm(sum.clone()),
-            None => sum.clone(),
-        };
-        let residual = match self.form.residual {
-            Residual::Output => output,
-            Residual::Sum => sum,
-            Residual::Normed => normed.clone(),
-        };
-        (normed, residual)
-    }
-
-    /// The bottleneck itself.
-    pub(crate) fn through(&self, x: Tensor<3>, residual: Tensor<3>) -> Through {
-        let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
-        let unfold = |rows: Tensor<2>| rows.reshape([batch, seq, width]);
-        let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
-        let residual = residual.cast(self.down.dtype());
+    /// Both projections and the scale, `[rows, width]` to the same.
+    fn up(&self, x: Tensor<2>) -> Tensor<2> {
         let seen = match &self.norm_before {
-            Some(norm) => norm.forward(x.clone()),
-            None => x.clone(),
+            Some(norm) => norm.forward(x),
+            None => x,
         };
         let up = self.up.forward(self.form.non_linearity.apply(self.down.forward(seen)));
-        let up = unfold(match &self.scale {
+        match &self.scale {
             Some(scale) => up * scale.val().unsqueeze(),
             None => up * self.form.scale,
-        });
-        let mut y = self.dropout.forward(up.clone());
-        if let Some(gate) = &self.gate {
-            // One number a sequence.
-            y = y * activation::sigmoid(gate.forward(x)).reshape([batch, seq, 1]).mean_dim(1);
         }
-        let add_residual = |y: Tensor<3>, before_norm: bool| {
-            let here = before_norm == (self.form.adapter_residual_before_ln && !self.form.is_parallel);
-            if here { y + residual.clone() } else { y }
-        };
-        y = add_residual(y, true);
-        if let Some(norm) = &self.norm_after {
-            y = norm.forward(y);
-        }
-        Through { output: add_residual(y, false).cast(dtype), up: up.cast(dtype) }
-    }
-
-    /// The end of the sub-layer, after the bottleneck gave `hidden`.
-    pub(crate) fn after(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
-        if self.form.original_ln_after { End { output: hidden, ..end }.close() } else { hidden }
     }
 }
 
@@ -272,6 +217,11 @@ impl Method for BottleneckConfig {
     }
 }
 
+impl Composable for BottleneckConfig {
+    const COMPOSITION: &'static str = "BOTTLENECK_COMPOSITION";
+    const PLACES: &'static [LayerKind] = &[LayerKind::SubLayer];
+}
+
 /// The weight form: there is none, and what it would change is not read.
 impl Reparameterization for BottleneckAdapter {
     const NAME: &'static str = "bottleneck";
@@ -283,8 +233,61 @@ impl Reparameterization for BottleneckAdapter {
 
 impl Activation for BottleneckAdapter {
     fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
-        let (x, residual) = self.before(end.output.clone(), &end.input, end.norm);
-        let hidden = self.through(x, residual).output;
-        self.after(hidden, end)
+        let (seen, residual) = self.sees(&end);
+        let hidden = self.through(seen, residual);
+        self.close(hidden, end)
+    }
+}
+
+impl Part for BottleneckAdapter {
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        let output = end.output.clone();
+        if self.form.is_parallel {
+            return (end.input.clone(), output);
+        }
+        if !self.form.original_ln_before {
+            return (output.clone(), output);
+        }
+        let sum = output.clone() + end.input.clone();
+        let normed = match end.norm {
+            Some(norm) => norm(sum.clone()),
+            None => sum.clone(),
+        };
+        let residual = match self.form.residual {
+            Residual::Output => output,
+            Residual::Sum => sum,
+            Residual::Normed => normed.clone(),
+        };
+        (normed, residual)
+    }
+
+    fn through(&self, x: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
+        let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
+        let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
+        let residual = residual.cast(self.down.dtype());
+        let mut y = self.dropout.forward(self.up(x.clone())).reshape([batch, seq, width]);
+        if let Some(gate) = &self.gate {
+            // One number a sequence.
+            y = y * activation::sigmoid(gate.forward(x)).reshape([batch, seq, 1]).mean_dim(1);
+        }
+        let add_residual = |y: Tensor<3>, before_norm: bool| {
+            let here = before_norm == (self.form.adapter_residual_before_ln && !self.form.is_parallel);
+            if here { y + residual.clone() } else { y }
+        };
+        y = add_residual(y, true);
+        if let Some(norm) = &self.norm_after {
+            y = norm.forward(y);
+        }
+        add_residual(y, false).cast(dtype)
+    }
+
+    fn update(&self, x: Tensor<3>) -> Tensor<3> {
+        let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
+        let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
+        self.up(x).reshape([batch, seq, width]).cast(dtype)
+    }
+
+    fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
+        if self.form.original_ln_after { End { output: hidden, ..end }.close() } else { hidden }
     }
 }

@@ -2,9 +2,7 @@
 
 mod bitfit;
 mod bottleneck;
-mod compose;
 mod config;
-mod fusion;
 mod hub;
 mod ia3;
 mod ln_tuning;
@@ -13,14 +11,12 @@ mod ssf;
 
 pub use bitfit::{BitFitAdapter, BitFitConfig};
 pub use bottleneck::BottleneckAdapter;
-pub use compose::{ComposedAdapter, ComposedConfig, Composition, composed};
 pub use config::{
     AFTER_ATTENTION, AFTER_FEED_FORWARD, BottleneckConfig, InitWeights, NonLinearity, ReductionFactor, Residual,
     Scaling,
 };
-pub use fusion::Fusion;
 pub use hub::read_fusion;
 pub use ia3::{Ia3Adapter, Ia3Config};
 pub use ln_tuning::{LnTuningAdapter, LnTuningConfig};
-pub use projection::{Dense, Phm, Projection};
+pub use projection::{Phm, Projection};
 pub use ssf::{InitSsf, SsfAdapter, SsfConfig};
