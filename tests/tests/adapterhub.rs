@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_adapter::{BottleneckConfig, Composition, Ia3Config, composed, read_fusion};
+use peft_adapter::{BottleneckConfig, Ia3Config, read_fusion};
 use peft_core::files::{HubFolder, peft_type, read_torch, read_values, write_values};
-use peft_core::{AdapterFile, Error, Method, Peft, Strictness, load_adapter};
+use peft_core::{AdapterFile, Composition, Error, Method, Peft, Strictness, composed, load_adapter};
 use peft_lora::LoraConfig;
 use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};
 use serde_json::json;
 
-use crate::golden::{BOUND, deviation, floats, ints, testdata};
+use crate::golden::{self, BOUND, deviation, floats, ints, testdata};
 
 /// Parts of AdapterHub's methods that are refused by name: the variant, and the field that the error names.
 const NOT_BUILT: [(&str, &str); 8] = [
@@ -176,27 +176,44 @@ fn fusions_of_the_library_give_its_logits() {
     }
 }
 
+/// Decoders go back through the invertible adapter before their head.
+#[test]
+fn language_models_of_the_library_give_its_logits() {
+    for name in ["gpt2", "llama"] {
+        let dir = testdata().join(format!("adapterhub/{name}_seq_bn_inv"));
+        let (model, _) = load_adapter::<_, BottleneckConfig>(golden::model(name), &dir).unwrap();
+        let file = dir.join("logits.safetensors");
+        near(&golden::logits(&model, &file), &floats(&file, "logits"), name);
+    }
+}
+
 /// Compositions of two adapters from files. The library's own average is of no use: it divides by the number of adapters once too often.
 #[test]
 fn compositions_of_the_library_give_its_hidden_states() {
-    let dir = testdata().join("adapterhub/bert_composition");
-    let golden = dir.join("composition.safetensors");
     let one = Composition::Adapter;
+    let average = Composition::Average(vec![(0.3, one(0)), (0.7, one(1))]);
+    let stack = || Composition::Stack(vec![one(0), one(1)]);
     let cases = [
-        ("a", one(0)),
-        ("b", one(1)),
-        ("stack", Composition::Stack(vec![one(0), one(1)])),
-        ("batch_split", Composition::BatchSplit(vec![(1, one(0)), (1, one(1))])),
-        ("split", Composition::Split(vec![(5, one(0)), (7, one(1))])),
-        ("average_exact", Composition::Average(vec![(0.3, one(0)), (0.7, one(1))])),
+        ("composition", "a", one(0)),
+        ("composition", "b", one(1)),
+        ("composition", "stack", stack()),
+        ("composition", "batch_split", Composition::BatchSplit(vec![(1, one(0)), (1, one(1))])),
+        ("composition", "split", Composition::Split(vec![(5, one(0)), (7, one(1))])),
+        ("composition", "average_exact", average.clone()),
+        // The first has an invertible adapter.
+        ("language", "stack", stack()),
+        ("language", "reverse", Composition::Stack(vec![one(1), one(0)])),
+        ("language", "average", average),
     ];
-    for (name, composition) in cases {
+    for (folder, name, composition) in cases {
+        let dir = testdata().join(format!("adapterhub/bert_{folder}"));
+        let golden = dir.join("composition.safetensors");
         let read = |name: &str| AdapterFile::<BottleneckConfig>::read(&dir.join(name)).unwrap();
         let file = composed(vec![read("a"), read("b")], composition).unwrap();
         let model = base("bert_seqcls").attach(&file.method).unwrap();
         let model = file.fill(model, &dir, Strictness::default()).unwrap();
         let hidden = values(model.hidden(&input(&golden, "bert_seqcls")));
-        near(real(&hidden), real(&floats(&golden, name)), name);
+        near(real(&hidden), real(&floats(&golden, name)), &format!("{folder} {name}"));
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) fn floats(path: &Path, name: &str) -> Vec<f32> {
     peft_core::files::decode(file.tensor(name).unwrap().dtype(), file.tensor(name).unwrap().data()).unwrap()
 }
 
-fn logits(model: &CausalLm, path: &Path) -> Vec<f32> {
+pub(crate) fn logits(model: &CausalLm, path: &Path) -> Vec<f32> {
     let (shape, tokens) = ints(path, "tokens");
     let ids = Tensor::<2, Int>::from_data(TensorData::new(tokens, shape), &Device::flex());
     model.forward(ids).into_data().iter::<f32>().collect()

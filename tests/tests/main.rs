@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
 mod adapterhub;
+mod composition;
 mod encoders;
 mod golden;
 mod hostile;

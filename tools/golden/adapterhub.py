@@ -82,6 +82,8 @@ COMPOSITIONS = {
     "parallel": Parallel("a", "b"),
     "stack_split": Stack("a", Split("b", "a", splits=[4, 8])),
 }
+# A language below a task: the adapter behind the embeddings is that of the first one, or there is none.
+LANGUAGE = {"stack": Stack("a", "b"), "reverse": Stack("b", "a"), "average": COMPOSITIONS["average_exact"]}
 
 
 def base_model(base):
@@ -202,11 +204,11 @@ def write_legacy(source):
         shutil.copy(path, target)
 
 
-def two_adapters(base, seed_name):
+def two_adapters(base, seed_name, first=SeqBnConfig(**SMALL)):
     model = base_model(base)
     known = {name for name, _ in model.named_parameters()}
-    for adapter in ("a", "b"):
-        model.add_adapter(adapter, config=SeqBnConfig(**SMALL))
+    for adapter, config in ("a", first), ("b", SeqBnConfig(**SMALL)):
+        model.add_adapter(adapter, config=config)
     rng = generator(seed_name)
     randomise(model, known, rng)
     return model, rng
@@ -248,24 +250,24 @@ def write_fusion(base, variant, config):
     finish(directory, seed_name, given | result)
 
 
-def composed(model, given):
+def composed(model, given, setups):
     hidden = {}
-    for name, setup in COMPOSITIONS.items():
+    for name, setup in setups.items():
         model.set_active_adapters(setup)
         model.active_head = None
         hidden[name] = outputs(model.eval(), given)["hidden"]
     return hidden
 
 
-def write_compositions(base, _variant):
-    directory, seed_name = HUB / f"{base}_composition", f"adapterhub/{base}_composition"
-    model, _ = two_adapters(base, seed_name)
+def write_compositions(base, variant, setups, first=SeqBnConfig(**SMALL)):
+    directory, seed_name = HUB / f"{base}_{variant}", f"adapterhub/{base}_{variant}"
+    model, _ = two_adapters(base, seed_name, first)
     given = inputs(base)
-    hidden = composed(model, given)
+    hidden = composed(model, given, setups)
     save_two(model, directory)
     again = base_model(base)
     load_two(again, directory)
-    assert all(difference(value, hidden[name]) < 1e-5 for name, value in composed(again, given).items())
+    assert all(difference(value, hidden[name]) < 1e-5 for name, value in composed(again, given, setups).items())
     finish(directory, seed_name, given)
     (directory / "logits.safetensors").unlink()
     tensors = {name: value.contiguous() for name, value in (given | hidden).items()}
@@ -298,7 +300,8 @@ def main():
         write("bert", variant, write_fusion, config)
     write("roberta", "fusion", write_fusion, FUSIONS["fusion"])
     write_json(HUB / "cases.json", cases)
-    write("bert", "composition", write_compositions, listed=False)
+    write("bert", "composition", write_compositions, COMPOSITIONS, listed=False)
+    write("bert", "language", write_compositions, LANGUAGE, SeqBnInvConfig(**SMALL), listed=False)
     for base in DECODERS:
         write(base, "seq_bn_inv", write_decoder, SeqBnInvConfig(**SMALL), listed=False)
 

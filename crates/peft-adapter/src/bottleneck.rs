@@ -11,33 +11,18 @@
 //!
 //! In a model that norms before its sub-layers there is no norm here, and the three forms differ in what the bottleneck sees: `h`, `h + x`, `x`.
 
-use std::collections::BTreeMap;
-
-use burn::module::{Module, Param, Reparameterization};
+use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Tensor, activation};
-use peft_core::files::{HubFolder, Values};
 use peft_core::kernels::{Nonlinearity, activate, layer_norm};
-use peft_core::{Activation, AdapterFile, End, FileTensor, LayerKind, Method, Norm, Result, Site, Targets};
+use peft_core::{Dense, End, Result, Site, Start};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{BottleneckConfig, InitWeights, InvAdapter, NonLinearity, Residual, Scaling, block_of};
-use crate::hub;
-use crate::invertible::Nice;
-use crate::projection::{Dense, Phm, Projection, Start};
+use crate::config::{BottleneckConfig, InitWeights, NonLinearity, Residual, Scaling};
+use crate::projection::{Phm, Projection};
 
 /// Added to the variance in a bottleneck's own norms: PyTorch's default.
 const EPSILON: f64 = 1e-5;
-
-/// State of [`BottleneckConfig`] at one place.
-#[derive(Module, Debug)]
-#[allow(clippy::large_enum_variant, reason = "one is in each block, the other once in a model")]
-pub enum BottleneckAdapter {
-    /// Where a sub-layer ends.
-    Bottleneck(Bottleneck),
-    /// Behind the embeddings.
-    Invertible(Nice),
-}
 
 /// A bottleneck where a sub-layer ends.
 #[derive(Module, Debug)]
@@ -71,14 +56,6 @@ struct Form {
     residual: Residual,
     adapter_residual_before_ln: bool,
     scale: f64,
-}
-
-/// What a bottleneck makes of its input.
-pub(crate) struct Through {
-    /// With what is added to it: what goes on.
-    pub(crate) output: Tensor<3>,
-    /// Without it, and without dropout and norms: what fusion looks at.
-    pub(crate) up: Tensor<3>,
 }
 
 impl Bottleneck {
@@ -122,21 +99,30 @@ impl Bottleneck {
         })
     }
 
-    /// What the bottleneck sees of a sub-layer that computed `output`, and what is added to what it makes of that.
-    pub(crate) fn before(
-        &self,
-        output: Tensor<3>,
-        input: &Tensor<3>,
-        norm: Option<Norm<'_>>,
-    ) -> (Tensor<3>, Tensor<3>) {
+    /// Both projections and the scale, `[rows, width]` to the same.
+    fn up(&self, x: Tensor<2>) -> Tensor<2> {
+        let seen = match &self.norm_before {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
+        let up = self.up.forward(self.form.non_linearity.apply(self.down.forward(seen)));
+        match &self.scale {
+            Some(scale) => up * scale.val().unsqueeze(),
+            None => up * self.form.scale,
+        }
+    }
+
+    /// What it sees of the place, and what is added to what it makes of that.
+    pub(crate) fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        let output = end.output.clone();
         if self.form.is_parallel {
-            return (input.clone(), output);
+            return (end.input.clone(), output);
         }
         if !self.form.original_ln_before {
             return (output.clone(), output);
         }
-        let sum = output.clone() + input.clone();
-        let normed = match norm {
+        let sum = output.clone() + end.input.clone();
+        let normed = match end.norm {
             Some(norm) => norm(sum.clone()),
             None => sum.clone(),
         };
@@ -148,22 +134,12 @@ impl Bottleneck {
         (normed, residual)
     }
 
-    /// The bottleneck itself.
-    pub(crate) fn through(&self, x: Tensor<3>, residual: Tensor<3>) -> Through {
+    /// What goes on.
+    pub(crate) fn through(&self, x: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
         let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
-        let unfold = |rows: Tensor<2>| rows.reshape([batch, seq, width]);
         let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
         let residual = residual.cast(self.down.dtype());
-        let seen = match &self.norm_before {
-            Some(norm) => norm.forward(x.clone()),
-            None => x.clone(),
-        };
-        let up = self.up.forward(self.form.non_linearity.apply(self.down.forward(seen)));
-        let up = unfold(match &self.scale {
-            Some(scale) => up * scale.val().unsqueeze(),
-            None => up * self.form.scale,
-        });
-        let mut y = self.dropout.forward(up.clone());
+        let mut y = self.dropout.forward(self.up(x.clone())).reshape([batch, seq, width]);
         if let Some(gate) = &self.gate {
             // One number a sequence.
             y = y * activation::sigmoid(gate.forward(x)).reshape([batch, seq, 1]).mean_dim(1);
@@ -176,11 +152,18 @@ impl Bottleneck {
         if let Some(norm) = &self.norm_after {
             y = norm.forward(y);
         }
-        Through { output: add_residual(y, false).cast(dtype), up: up.cast(dtype) }
+        add_residual(y, false).cast(dtype)
     }
 
-    /// The end of the sub-layer, after the bottleneck gave `hidden`.
-    pub(crate) fn after(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
+    /// What it adds, without gate, dropout and norms behind it.
+    pub(crate) fn update(&self, x: Tensor<3>) -> Tensor<3> {
+        let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
+        let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
+        self.up(x).reshape([batch, seq, width]).cast(dtype)
+    }
+
+    /// The end of the sub-layer, after it gave `hidden`.
+    pub(crate) fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
         if self.form.original_ln_after { End { output: hidden, ..end }.close() } else { hidden }
     }
 }
@@ -218,120 +201,5 @@ impl InitWeights {
             Self::Houlsby => [Start::Normal { std: 0.01, cut: true }; 2],
             Self::MamAdapter => [Start::Kaiming, Start::Zeros],
         }
-    }
-}
-
-impl Method for BottleneckConfig {
-    const PEFT_TYPE: &'static str = "BOTTLENECK";
-    type Adapter = BottleneckAdapter;
-
-    fn targets(&self) -> &Targets {
-        &self.targets
-    }
-
-    fn check(&self) -> Result<()> {
-        self.check_values()
-    }
-
-    fn kinds(&self) -> &'static [LayerKind] {
-        &[LayerKind::SubLayer]
-    }
-
-    fn init(&self, site: &Site, seed: u64) -> Result<BottleneckAdapter> {
-        Ok(match (site.kind, self.inv_adapter) {
-            (LayerKind::Embedded, Some(InvAdapter::Nice)) => {
-                BottleneckAdapter::Invertible(Nice::new(self, site, seed)?)
-            }
-            _ => BottleneckAdapter::Bottleneck(Bottleneck::new(self, site, seed)?),
-        })
-    }
-
-    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
-        if kind == LayerKind::Embedded {
-            return Nice::TENSORS;
-        }
-        const fn plain(field: &'static str, key: &'static str) -> FileTensor {
-            FileTensor { field, key, transposed: false }
-        }
-        const fn matrix(field: &'static str, key: &'static str) -> FileTensor {
-            FileTensor { field, key, transposed: true }
-        }
-        &const {
-            [
-                plain("norm_before.gamma", "adapter_norm_before.weight"),
-                plain("norm_before.beta", "adapter_norm_before.bias"),
-                matrix("down.weight", "adapter_down.weight"),
-                plain("down.bias", "adapter_down.bias"),
-                plain("down.rule", "adapter_down.phm_rule"),
-                plain("down.left", "adapter_down.W_left"),
-                plain("down.right", "adapter_down.W_right"),
-                matrix("up.weight", "adapter_up.weight"),
-                plain("up.bias", "adapter_up.bias"),
-                plain("up.rule", "adapter_up.phm_rule"),
-                plain("up.left", "adapter_up.W_left"),
-                plain("up.right", "adapter_up.W_right"),
-                plain("scale", "scaling"),
-                plain("norm_after.gamma", "adapter_norm_after.weight"),
-                plain("norm_after.beta", "adapter_norm_after.bias"),
-                matrix("gate.weight", "gate.weight"),
-                plain("gate.bias", "gate.bias"),
-            ]
-        }
-    }
-
-    fn embeds(&self) -> bool {
-        self.inv_adapter.is_some()
-    }
-
-    fn leaves_out(&self, path: &str) -> bool {
-        block_of(path).is_some_and(|block| self.leave_out.contains(&block))
-    }
-
-    fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
-        hub::read(folder).map(Some)
-    }
-
-    fn to_hub(file: &AdapterFile<Self>, name: &str) -> Result<Option<HubFolder>> {
-        hub::write(file, name).map(Some)
-    }
-
-    fn activation(adapter: &BottleneckAdapter) -> Option<&dyn Activation> {
-        Some(adapter)
-    }
-
-    fn needs_activation(&self, _site: &Site) -> Option<String> {
-        Some("a bottleneck acts between layers".to_owned())
-    }
-
-    fn unmergeable(&self, _site: &Site) -> Option<String> {
-        Some("a bottleneck is no part of any weight".to_owned())
-    }
-}
-
-/// The weight form: there is none, and what it would change is not read.
-impl Reparameterization for BottleneckAdapter {
-    const NAME: &'static str = "bottleneck";
-
-    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        base
-    }
-}
-
-impl Activation for BottleneckAdapter {
-    fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
-        let Self::Bottleneck(bottleneck) = self else { return end.close() };
-        let (x, residual) = bottleneck.before(end.output.clone(), &end.input, end.norm);
-        let hidden = bottleneck.through(x, residual).output;
-        bottleneck.after(hidden, end)
-    }
-
-    fn embedded(&self, x: Tensor<2>) -> Tensor<2> {
-        let Self::Invertible(nice) = self else { return x };
-        nice.forward(x)
-    }
-
-    fn unembedded(&self, x: Tensor<2>) -> Tensor<2> {
-        let Self::Invertible(nice) = self else { return x };
-        nice.back(x)
     }
 }

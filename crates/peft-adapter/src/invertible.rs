@@ -11,11 +11,10 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use peft_core::{Error, FileTensor, Result, Site};
+use peft_core::{Dense, Error, FileTensor, Result, Site};
 use rand::Rng;
 
 use crate::config::{BottleneckConfig, NonLinearity};
-use crate::projection::Dense;
 
 /// A NICE block.
 #[derive(Module, Debug)]

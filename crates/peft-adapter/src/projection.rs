@@ -6,7 +6,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
-use peft_core::{Error, Result, Site};
+use peft_core::{Dense, Error, Result, Site, Start};
 use rand::Rng;
 
 /// A projection, `[rows, d_in]` to `[rows, d_out]`.
@@ -16,15 +16,6 @@ pub enum Projection {
     Dense(Dense),
     /// A sum of Kronecker products.
     Phm(Phm),
-}
-
-/// `x·W + b`
-#[derive(Module, Debug)]
-pub struct Dense {
-    /// `[d_in, d_out]`
-    weight: Param<Tensor<2>>,
-    /// `[d_out]`
-    bias: Param<Tensor<1>>,
 }
 
 /// `x·(Σᵢ Aᵢ ⊗ (Lᵢ·Rᵢ)) + b`
@@ -38,37 +29,6 @@ pub struct Phm {
     right: Param<Tensor<3>>,
     /// `[d_out]`
     bias: Param<Tensor<1>>,
-}
-
-/// Initial values of a weight.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Start {
-    /// Zeros, from which a gradient leads away as long as the other projection has none.
-    Zeros,
-    /// `U(±1/√d_in)`: Kaiming with `a = √5`.
-    Kaiming,
-    /// `N(0, std²)`, cut off at two deviations if `cut`.
-    Normal {
-        /// The standard deviation.
-        std: f32,
-        /// Whether values beyond two deviations are drawn again.
-        cut: bool,
-    },
-}
-
-impl Dense {
-    pub(crate) fn new(site: &Site, [d_in, d_out]: [usize; 2], start: Start, rng: &mut impl Rng) -> Self {
-        Self { weight: start.values(site, [d_in, d_out], d_in, rng), bias: site.zeros([d_out]) }
-    }
-
-    /// The type that is computed in.
-    pub(crate) fn dtype(&self) -> DType {
-        self.bias.val().dtype()
-    }
-
-    pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        burn::tensor::module::linear(x, self.weight.val(), Some(self.bias.val()))
-    }
 }
 
 impl Phm {
@@ -121,23 +81,6 @@ impl Projection {
         match self {
             Self::Dense(dense) => dense.forward(x),
             Self::Phm(phm) => burn::tensor::module::linear(x, phm.weight(), Some(phm.bias.val())),
-        }
-    }
-}
-
-impl Start {
-    fn values<const D: usize>(
-        self,
-        site: &Site,
-        shape: [usize; D],
-        fan_in: usize,
-        rng: &mut impl Rng,
-    ) -> Param<Tensor<D>> {
-        match self {
-            Self::Zeros => site.zeros(shape),
-            Self::Kaiming => site.uniform(shape, 1.0 / (fan_in as f32).sqrt(), rng),
-            Self::Normal { std, cut: false } => site.normal(shape, std, rng),
-            Self::Normal { std, cut: true } => site.cut_normal(shape, std, rng),
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct Base<'a> {
     bias: Option<&'a Param<Tensor<1>>>,
     /// The type of the activations, which need not be that of the weight.
     dtype: DType,
+    /// What the rows of the input were before they were folded: `[batch, seq]`.
+    leading: [usize; 2],
 }
 
 impl<'a> Base<'a> {
@@ -78,6 +80,11 @@ impl<'a> Base<'a> {
         let (weight, dtype) = (self.weight.val(), x.dtype());
         let bias = self.bias.map(|bias| bias.val().cast(weight.dtype()));
         burn::tensor::module::linear(x.cast(weight.dtype()), weight, bias).cast(dtype)
+    }
+
+    /// What the rows of the input were before they were folded, `[batch, seq]`; a matrix has one token a row of the batch.
+    pub fn leading(&self) -> [usize; 2] {
+        self.leading
     }
 
     fn biased(&self, y: Tensor<2>) -> Tensor<2> {
@@ -152,11 +159,11 @@ pub fn linear_with<const D: usize>(
     bias: Option<&Param<Tensor<1>>>,
     x: Tensor<D>,
 ) -> Tensor<D> {
-    let base = Base { weight, bias, dtype: x.dtype() };
-    let adapter = base.adapter().flatten();
     let mut dims = x.dims();
-    let d_in = dims[D - 1];
-    let x = x.reshape([dims.iter().product::<usize>() / d_in.max(1), d_in]);
+    let (batch, tokens) = dims[..D - 1].split_first().map_or((1, 1), |(batch, rest)| (*batch, rest.iter().product()));
+    let base = Base { weight, bias, dtype: x.dtype(), leading: [batch, tokens] };
+    let adapter = base.adapter().flatten();
+    let x = x.reshape([batch * tokens, dims[D - 1]]);
     let y = match adapter.and_then(|adapter| adapter.linear(x.clone(), &base)) {
         Some(y) => y,
         None if base.adapter().is_none() && (base.quantized().is_some() || weight.base().dtype() != x.dtype()) => {
@@ -236,7 +243,7 @@ pub fn product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 /// # Shapes
 /// `x`: `[tokens, d_in]`; `targets`: `[tokens]`, negative ones are left out
 pub fn cross_entropy(head: &Linear, x: Tensor<2>, targets: Tensor<1, Int>, smoothing: f64) -> Scores {
-    let base = Base { weight: &head.weight, bias: head.bias.as_ref(), dtype: x.dtype() };
+    let base = Base { weight: &head.weight, bias: head.bias.as_ref(), dtype: x.dtype(), leading: [x.dims()[0], 1] };
     if base.adapter().is_none() && base.quantized().is_none() && head.bias.is_none() {
         peft_kernels::linear_cross_entropy(x, head.weight.val(), targets, smoothing)
     } else {
@@ -256,7 +263,7 @@ pub fn embedding(layer: &Embedding, ids: Tensor<2, Int>) -> Tensor<3> {
 /// [`embedding`] with rows in `dtype`: for a table in 16 bits under activations in f32, so that an adapter's small changes are not rounded away.
 pub fn embedding_as(layer: &Embedding, ids: Tensor<2, Int>, dtype: DType) -> Tensor<3> {
     let [batch, seq] = ids.dims();
-    let base = Base { weight: &layer.weight, bias: None, dtype };
+    let base = Base { weight: &layer.weight, bias: None, dtype, leading: [batch, seq] };
     match base.adapter().flatten().and_then(|adapter| adapter.embedding(ids.clone().reshape([batch * seq]), &base)) {
         Some(y) => {
             let width = y.dims()[1];

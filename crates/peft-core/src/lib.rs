@@ -6,12 +6,15 @@
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
 //! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
+//! - [`ComposedConfig`]: several adapters of a method at one place, as one.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
 //!
 //! Values replace state machines: the clone made before [`Peft::attach`] is the disabled model, the reference model and the un-merged model.
 
 mod activation;
 mod attach;
+mod compose;
+mod dense;
 mod embedded;
 mod error;
 pub mod files;
@@ -32,6 +35,8 @@ pub use activation::{
     rms_norm,
 };
 pub use attach::{Peft, attach};
+pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Fusion, Part, composed};
+pub use dense::{Dense, Start};
 pub use embedded::Embedded;
 pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};

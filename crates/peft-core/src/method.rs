@@ -63,8 +63,9 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The adapter's tensors in the file, for a layer of that kind.
     fn tensors(kind: LayerKind) -> &'static [FileTensor];
 
-    /// For an adapter that holds several of another method: the field that they are in, by number, and the tensors of each.
-    fn numbered() -> Option<(&'static str, &'static [FileTensor])> {
+    /// For an adapter that holds several of another method: the field that they are in, by number, and the tensors of each in a layer of that kind.
+    fn numbered(kind: LayerKind) -> Option<(&'static str, &'static [FileTensor])> {
+        let _ = kind;
         None
     }
 
@@ -74,7 +75,7 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
             tensors.iter().find(|tensor| tensor.field == field).map(|tensor| (tensor.key.to_owned(), tensor.transposed))
         };
         listed(Self::tensors(kind), field).or_else(|| {
-            let (several, tensors) = Self::numbered()?;
+            let (several, tensors) = Self::numbered(kind)?;
             let (number, field) = field.strip_prefix(several)?.strip_prefix('.')?.split_once('.')?;
             let (key, transposed) = listed(tensors, field)?;
             Some((format!("{several}.{number}.{key}"), transposed))

@@ -51,7 +51,7 @@ impl SubLayer {
     /// # Shapes
     /// all `[batch, seq, width]`
     pub fn end(&self, output: Tensor<3>, input: Tensor<3>, norm: Option<Norm<'_>>) -> Tensor<3> {
-        let end = End { output, input, norm };
+        let end = End { output, input, adds_input: true, norm };
         match adapter(&self.place).flatten() {
             Some(adapter) => adapter.sub_layer(end),
             None => end.close(),
@@ -59,21 +59,23 @@ impl SubLayer {
     }
 }
 
-/// What a bottleneck adapter finds where a sub-layer ends.
+/// What an adapter finds where a sub-layer ends, or a linear layer.
 #[derive(Clone)]
 pub struct End<'a> {
-    /// What the sub-layer computed, `[batch, seq, width]`.
+    /// What was computed, `[batch, seq, d_out]`.
     pub output: Tensor<3>,
-    /// What it was computed from, before any norm of the sub-layer's own: the residual stream.
+    /// What it was computed from, `[batch, seq, d_in]`; of a sub-layer before any norm of its own: the residual stream.
     pub input: Tensor<3>,
-    /// The norm of the sum, where the model has one here.
+    /// Whether the model adds the input here: behind a sub-layer.
+    pub adds_input: bool,
+    /// The norm that follows, where the model has one here.
     pub norm: Option<Norm<'a>>,
 }
 
 impl End<'_> {
-    /// `norm(output + input)`, as the model has it.
+    /// `norm(output + input)`, as the model has it; behind a linear layer the output.
     pub fn close(self) -> Tensor<3> {
-        let sum = self.output + self.input;
+        let sum = if self.adds_input { self.output + self.input } else { self.output };
         match self.norm {
             Some(norm) => norm(sum),
             None => sum,

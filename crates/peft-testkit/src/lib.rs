@@ -4,6 +4,7 @@
 //! crate of one's own. Nothing panics: a backend that does is a failed check with its message.
 
 mod check;
+mod composition;
 mod golden;
 mod laws;
 mod matrix;
@@ -12,6 +13,7 @@ mod stack;
 mod state;
 
 pub use check::{Check, Failure, Finding, Outcome, Status, table};
+pub use composition::composition_laws;
 pub use golden::Golden;
 pub use laws::{Laws, Layer};
 pub use matrix::Matrix;

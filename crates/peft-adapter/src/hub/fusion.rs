@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use peft_core::files::read_values;
-use peft_core::{AdapterFile, Error, Problem, Result};
+use peft_core::{AdapterFile, ComposedConfig, Composition, Error, Problem, Result, composed};
 use serde_json::{Value, json};
 
 use super::place_of;
-use crate::{ComposedConfig, Composition, composed};
+use crate::BottleneckConfig;
 
 const CONFIG_FILE: &str = "adapter_fusion_config.json";
 const TENSOR_FILE: &str = "model_adapter_fusion.safetensors";
@@ -30,7 +30,7 @@ const FORM: [(&str, bool); 6] = [
 ///
 /// # Errors
 /// When a file is missing or malformed, the fusion is of a form that is not built, or a tensor belongs nowhere.
-pub fn read_fusion(dir: &Path, adapters: &[&Path]) -> Result<AdapterFile<ComposedConfig>> {
+pub fn read_fusion(dir: &Path, adapters: &[&Path]) -> Result<AdapterFile<ComposedConfig<BottleneckConfig>>> {
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let json: Value = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;

@@ -3,7 +3,7 @@
 //! `cargo xtask test-backends` runs it once per backend. Exit code 0 when no check failed, 1 when one did, and 3 when the device cannot be
 //! had; then the last line on standard error says why.
 
-#[path = "../../../../crates/peft-adapter/tests/statement/mod.rs"]
+#[path = "../../../../crates/peft-adapter/tests/laws/statement.rs"]
 mod adapter;
 #[path = "../../../../crates/peft-lora/tests/statement/mod.rs"]
 mod lora;
@@ -13,8 +13,10 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use peft_core::Method;
-use peft_testkit::{Check, Laws, operations, table};
+use peft_adapter::BottleneckConfig;
+use peft_core::{Composable, Method, Targets};
+use peft_lora::LoraConfig;
+use peft_testkit::{Check, Laws, composition_laws, operations, table};
 
 /// Runs every check on one device.
 #[derive(Parser)]
@@ -95,6 +97,16 @@ fn main() -> ExitCode {
     checks.extend(runner.laws("ssf", adapter::ssf_laws(adapter::ssf())));
     checks.extend(runner.laws("ln-tuning", adapter::ln_tuning_laws()));
     checks.extend(runner.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
+    for (name, method) in [
+        ("houlsby", BottleneckConfig::houlsby(4.0)),
+        ("pfeiffer", BottleneckConfig::pfeiffer(4.0)),
+        ("parallel", BottleneckConfig::parallel(4.0)),
+        ("compacter", BottleneckConfig::compacter(4.0)),
+        ("invertible", BottleneckConfig::pfeiffer(4.0).with_inv_adapter(2.0)),
+    ] {
+        checks.extend(runner.laws(name, adapter::bottleneck_laws(method)));
+    }
+    checks.extend(runner.compositions());
     // Drivers may have f64 and yet no exponential of it.
     for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));
@@ -137,5 +149,23 @@ impl Runner<'_> {
         let named = |check: &Check| Check { name: format!("{method} {}", check.name), ..check.clone() };
         let checks = laws.run_with(self.device, |check| (self.report)(&named(check)));
         checks.iter().map(named).collect()
+    }
+
+    /// The laws of a composition of bottlenecks, and of one of LoRA.
+    fn compositions(&self) -> Vec<Check> {
+        let bottlenecks =
+            [BottleneckConfig::pfeiffer(4.0), BottleneckConfig::houlsby(8.0), BottleneckConfig::parallel(2.0)];
+        let loras = [2, 3, 4].map(|rank| LoraConfig::new(rank, Targets::modules(["up", "down"])));
+        let places = "a place is there for adapters alone";
+        let mut checks = self.composed("composed bottlenecks", bottlenecks, Some(places));
+        checks.extend(self.composed("composed lora", loras, None));
+        checks
+    }
+
+    fn composed<M: Composable>(&self, name: &str, adapters: [M; 3], unaware: Option<&str>) -> Vec<Check> {
+        match composition_laws(adapters) {
+            Ok(laws) => self.laws(name, unaware.into_iter().fold(laws, |laws, reason| laws.skip("unaware", reason))),
+            Err(error) => vec![Check::run(name, || Err(error.into()))],
+        }
     }
 }

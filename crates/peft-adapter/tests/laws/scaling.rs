@@ -1,22 +1,15 @@
 //! Methods that scale and shift, in all their forms, under the laws of `peft-testkit`, and on layers that the laws' model lacks.
 
-#![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
-
-mod statement;
-
 use burn::module::Module;
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::{Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use peft_adapter::{BitFitConfig, Ia3Config, InitSsf, LnTuningAdapter, LnTuningConfig, SsfAdapter, SsfConfig};
 use peft_core::{AdapterAware, Error, Method, Names, Peft, Targets, attach, conv2d, merge, rms_norm};
-use peft_testkit::{Laws, Stack, difference, fill_adapter, read, table};
-use statement::{bitfit, bitfit_laws, ia3, ia3_laws, ln_tuning_laws, ssf, ssf_laws};
+use peft_testkit::{Stack, difference, fill_adapter, read};
 
-fn hold<M: Method>(laws: &Laws<M>) {
-    let checks = laws.run(&Device::flex());
-    assert!(checks.iter().all(|check| !check.failed()), "\n{}", table(&checks));
-}
+use crate::hold;
+use crate::statement::{bitfit, bitfit_laws, ia3, ia3_laws, ln_tuning_laws, ssf, ssf_laws};
 
 /// A layer without a bias, so that the weight form is the whole method.
 #[test]

@@ -1,7 +1,7 @@
 //! What the methods state of themselves, for the laws: here and in the comparison over all backends.
 
-use peft_adapter::{BitFitConfig, Ia3Config, LnTuningConfig, SsfConfig};
-use peft_core::{Names, Result, Site, Targets};
+use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, LnTuningConfig, Scaling, SsfConfig};
+use peft_core::{LayerKind, Names, Result, Site, Targets};
 use peft_testkit::{Laws, Layer, Matrix};
 
 /// What no field accepts as a regular expression.
@@ -62,4 +62,32 @@ pub(crate) fn bitfit() -> BitFitConfig {
 pub(crate) fn bitfit_laws(method: BitFitConfig) -> Laws<BitFitConfig> {
     Laws::new(method, |_, site| site.d_out, ("target_modules", NO_PATTERN.into()))
         .with_reference(|_, layer| layer.base(&layer.x)?.plus(layer.field("bias")?))
+}
+
+/// The laws for a bottleneck of four in the laws' model.
+pub(crate) fn bottleneck_laws(method: BottleneckConfig) -> Laws<BottleneckConfig> {
+    Laws::new(method, bottleneck_params, ("reduction_factor", 0.0.into()))
+        .skip("unaware", "a place is there for adapters alone")
+}
+
+/// Of a model of 16 features and a bottleneck of 4.
+pub(crate) fn bottleneck_params(config: &BottleneckConfig, site: &Site) -> usize {
+    let (width, inner) = (site.d_out, 4);
+    if site.kind == LayerKind::Embedded {
+        let (half, inner) = (width / 2, (width as f64 / 2.0 / config.inv_adapter_reduction_factor) as usize);
+        return 4 * half * inner + 2 * inner + width;
+    }
+    let projections = if config.phm_layer {
+        let (n, rank) = (config.phm_dim, config.phm_rank);
+        2 * (n * n * n + rank * (width + inner)) + inner + width
+    } else {
+        2 * width * inner + inner + width
+    };
+    let norms = 2 * width * (usize::from(config.ln_before) + usize::from(config.ln_after));
+    let scale = match config.scaling {
+        Scaling::Constant(_) => 0,
+        Scaling::Learned => 1,
+        Scaling::Channel => width,
+    };
+    projections + norms + scale + if config.use_gating { width + 1 } else { 0 }
 }

@@ -1,0 +1,101 @@
+"""Load in AdapterHub's library what `peft convert` writes, and compare what the model computes with the golden files.
+
+Each adapter of testdata/adapterhub goes into PEFT's layout and back, under another name. Runs by hand, in the environment of adapterhub.py: adapterhub_back.py PEFT [NAME ...], where
+PEFT is the program and NAMES are cases; without them all. What the program refuses is printed with its message; anything else that fails ends the script with 1.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from adapterhub import ADAPTER, DECODERS, FUSIONS, HUB, base_model, decoder, inputs, outputs
+from common import TESTDATA, difference
+
+import torch
+from adapters import Fuse
+from safetensors.torch import load_file
+
+BOUND = 1e-4
+NAME = "renamed"
+
+
+class Refused(Exception):
+    pass
+
+
+def convert(peft, adapter, out, *options):
+    """The adapter in the other layout."""
+    run = subprocess.run([peft, "convert", "--adapter", adapter, "--out", out, *options], capture_output=True, text=True)
+    if run.returncode:
+        raise Refused(" ".join(run.stderr.split()))
+
+
+def back(peft, adapter, name, scratch):
+    """The adapter in PEFT's layout and back."""
+    there, again = scratch / "peft", scratch / name
+    convert(peft, adapter, there, "--overwrite")
+    convert(peft, there, again, "--name", name)
+    return again
+
+
+def computed(peft, path, variant, scratch):
+    """What the library computes with the converted case, and what it should."""
+    directory = TESTDATA / path
+    base = directory.name.split("_")[0]
+    golden = load_file(directory / "logits.safetensors")
+    if base in DECODERS:
+        model, given, head = decoder(base), {"tokens": golden["tokens"]}, "default"
+    else:
+        model, given, head = base_model(base), inputs(base), None
+    if variant in FUSIONS:
+        for name in ("a", "b"):
+            model.load_adapter(str(back(peft, directory / name, name, scratch)), use_safetensors=True)
+        # A fusion is not written, so it is that of the library over the adapters of the program.
+        model.load_adapter_fusion(str(directory), set_active=True, use_safetensors=True)
+        model.set_active_adapters(Fuse("a", "b"))
+        head = ADAPTER
+    else:
+        model.load_adapter(str(back(peft, directory, NAME, scratch)), set_active=True, use_safetensors=True)
+    model.active_head = head or NAME
+    return outputs(model.eval(), given), golden
+
+
+def check(peft, path, variant):
+    """The largest difference."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found, golden = computed(peft, path, variant, Path(scratch))
+    assert "logits" in found, "the head is not there"
+    return max(difference(value, golden[name]) for name, value in found.items())
+
+
+def main():
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    peft, *names = sys.argv[1:]
+    cases = [(case["path"], case["variant"]) for case in json.loads((HUB / "cases.json").read_text())]
+    cases += [(f"adapterhub/{base}_seq_bn_inv", "seq_bn_inv") for base in DECODERS]
+    worst, refused, failed = 0.0, 0, 0
+    for path, variant in cases:
+        name = path.split("/")[1]
+        if names and name not in names:
+            continue
+        try:
+            found = check(peft, path, variant)
+            worst = max(worst, found)
+            failed += not found < BOUND
+            print(f"{name:36} {found:.1e}")
+        except Refused as message:
+            refused += 1
+            print(f"{name:36} refused: {message}")
+        except Exception as error:  # whatever the library says of the file
+            failed += 1
+            print(f"{name:36} FAILED: {type(error).__name__}: {error}")
+    print(f"{len(names or cases)} cases, {refused} refused, {failed} failed, largest difference {worst:.1e}")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
