@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{EncoderConfig, Family, Fields};
 use crate::{Error, Result};
 
-pub use self::hub::{HUB_HEAD_FILES, has_hub_head};
+pub use self::hub::{HUB_HEAD_FILES, has_hub_head, rename_hub_head};
 
 /// What an encoder is used for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

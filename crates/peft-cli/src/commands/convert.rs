@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use peft_core::files::{CONFIG_FILE, is_hub};
-use peft_models::heads::HUB_HEAD_FILES;
+use peft_models::heads::{HUB_HEAD_FILES, has_hub_head, rename_hub_head};
 use serde_json::json;
 
 use crate::output::quoted;
@@ -12,7 +12,7 @@ use crate::{Context, Error, Result, methods};
 /// Arguments of `peft convert`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  peft convert --adapter my-houlsby --name sentiment --out for-adapterhub\n\n\
-                        The layout of the folder is recognised; the result has the other one. AdapterHub's head goes along; what PEFT's layout holds whole has no place in AdapterHub's.")]
+                        The layout of the folder is recognised; the result has the other one. AdapterHub's head goes along, under the adapter's name; what PEFT's layout holds whole has no place in AdapterHub's.")]
 pub struct Args {
     /// The adapter's folder, in either layout
     #[arg(long, value_name = "DIR")]
@@ -42,11 +42,22 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         return Err(Error::usage(what, "letters, digits, - and _"));
     }
     let hub = is_hub(&args.adapter)?;
-    methods::of_adapter(&args.adapter)?.convert(&args.adapter, (!hub).then_some(&args.name), &args.out)?;
-    // A head stands for itself, whatever the adapter's layout.
-    for name in HUB_HEAD_FILES.iter().filter(|name| args.adapter.join(name).is_file()) {
-        let to = args.out.join(name);
-        std::fs::copy(args.adapter.join(name), &to).map_err(Error::io(&to))?;
+    let method = methods::of_adapter(&args.adapter)?;
+    method.convert(&args.adapter, (!hub).then_some(&args.name), &args.out).map_err(|error| match error {
+        Error::Adapter(error @ peft_core::Error::Config { .. }) => Error::Refused {
+            what: format!("--adapter {}: {error}", args.adapter.display()),
+            hint: "only what both layouts have and is built here goes from one to the other; train it again without that field".to_owned(),
+        },
+        other => other,
+    })?;
+    // In PEFT's layout, which has no names, a head keeps its own.
+    if !hub && has_hub_head(&args.adapter) {
+        rename_hub_head(&args.adapter, &args.name, &args.out)?;
+    } else {
+        for name in HUB_HEAD_FILES.iter().filter(|name| args.adapter.join(name).is_file()) {
+            let to = args.out.join(name);
+            std::fs::copy(args.adapter.join(name), &to).map_err(Error::io(&to))?;
+        }
     }
     let layout = if hub { "PEFT" } else { "AdapterHub" };
     context.output.field("layout", format_args!("{layout}'s"))?;

@@ -25,9 +25,12 @@ fn adapters_of_the_library_are_used_and_converted() {
         let to_peft = json_of(&["convert", "--json", "--adapter", &theirs, "--out", &peft]);
         assert_eq!(to_peft["layout"], "PEFT");
         near(&peft);
-        let to_hub = json_of(&["convert", "--json", "--adapter", &peft, "--out", &back, "--name", "task"]);
+        let to_hub = json_of(&["convert", "--json", "--adapter", &peft, "--out", &back, "--name", "mine"]);
         assert_eq!(to_hub["layout"], "AdapterHub");
         near(&back);
+        let head: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.path().join("back/head_config.json")).unwrap()).unwrap();
+        assert_eq!(head["name"], "mine");
         let (code, message) = refused(&["convert", "--adapter", &peft, "--out", &back]);
         assert!(code == 2 && message.contains("there is an adapter already"), "{message}");
     }
@@ -40,5 +43,10 @@ fn a_name_that_would_break_the_keys_is_refused() {
     assert!(code == 2 && message.contains("part of each key"), "{message}");
     // A Llama's projections have other names than AdapterHub's layout has flags for.
     let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
-    assert!(code != 0 && message.contains("target_modules"), "{message}");
+    assert!(code != 0 && message.contains("target_modules") && message.contains("lora/llama/plain"), "{message}");
+    // And a part of a method that is not built is named, with the folder that asks for it.
+    let adapter = testdata("adapterhub/bert_lora_gating");
+    let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
+    assert!(code != 0 && message.contains("use_gating") && message.contains("bert_lora_gating"), "{message}");
+    assert!(!message.contains("peft train"), "{message}");
 }

@@ -4,7 +4,7 @@
 //! - keys: `heads.{name}.1` and `heads.{name}.4`, the places of the linear layers between dropout and activation
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::nn::Linear;
@@ -14,6 +14,7 @@ use peft_core::files::{Values, read_torch, read_values, transpose, write_atomica
 use serde_json::{Map, Value, json};
 
 use super::{Head, Reads, Task};
+use crate::config::Family;
 use crate::{Encoder, Error, Result};
 
 const CONFIG_FILE: &str = "head_config.json";
@@ -34,15 +35,9 @@ impl Encoder {
     /// # Errors
     /// When a file is missing or malformed, the head is of another kind, or a tensor is of another shape than the configuration and this encoder ask for.
     pub fn with_hub_head(self, dir: &Path, device: &Device) -> Result<Self> {
-        let path = dir.join(CONFIG_FILE);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let json: Value = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+        let (path, json) = config_of(dir)?;
         let (name, labels, layers) = described(&json, &path)?;
-        let file = dir.join(TENSOR_FILE);
-        let (file, mut tensors) = match file.exists() {
-            true => (file.clone(), read_values(&file)?),
-            false => (dir.join(TORCH_FILE), read_torch(&dir.join(TORCH_FILE))?),
-        };
+        let (file, mut tensors) = tensors_of(dir)?;
         let hidden = self.config().hidden_size;
         let mut layer = |place: usize, d_out: usize| -> Result<Linear> {
             let mut take = |part: &str, shape: &[usize]| {
@@ -76,6 +71,9 @@ impl Encoder {
         let (Some(head), Task::Classification { labels, .. }) = (self.head(), &self.config().task) else {
             return Err(not_there("a model without a classification head"));
         };
+        let Some(class) = class_of(self.config().family) else {
+            return Err(not_there("the head of a model for images"));
+        };
         if !head.reads_first(self.config().family) {
             return Err(not_there("a head behind the model's own pooler"));
         }
@@ -103,14 +101,60 @@ impl Encoder {
                 "activation_function": "tanh", "bias": true, "dropout_prob": null, "head_type": "classification", "label2id": ids,
                 "layers": if head.dense.is_some() { 2 } else { 1 }, "num_labels": labels.len(), "use_pooler": false,
             },
-            "hidden_size": self.config().hidden_size, "model_class": null, "model_name": null,
+            "hidden_size": self.config().hidden_size, "model_class": class, "model_name": null,
             "name": name, "version": "adapters.1.3.0",
         });
-        let config = serde_json::to_string_pretty(&config).map_err(|e| Error::format(dir, e.to_string()))?;
-        let tensors = tensors.iter().map(|(key, values)| (key.clone(), values));
-        let tensors = write_values(tensors, &dir.join(TENSOR_FILE))?;
-        Ok(write_atomically(dir, &[(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())])?)
+        write(&config, &tensors, dir)
     }
+}
+
+/// Copies the head in `from` to `to` under another name: the library looks for that of the adapter.
+///
+/// # Errors
+/// When a file is missing or malformed, or the file system refuses.
+pub fn rename_hub_head(from: &Path, name: &str, to: &Path) -> Result<()> {
+    let ((path, mut config), (_, tensors)) = (config_of(from)?, tensors_of(from)?);
+    let old = format!("heads.{}.", name_of(&config, &path)?);
+    let renamed = |key: String| match key.strip_prefix(&old) {
+        Some(rest) => format!("heads.{name}.{rest}"),
+        None => key,
+    };
+    let tensors = tensors.into_iter().map(|(key, values)| (renamed(key), values)).collect();
+    config["name"] = name.into();
+    write(&config, &tensors, to)
+}
+
+/// What the library calls a text model with heads; it looks at no head of another class.
+fn class_of(family: Family) -> Option<&'static str> {
+    match family {
+        Family::Bert => Some("BertAdapterModel"),
+        Family::Roberta => Some("RobertaAdapterModel"),
+        Family::DistilBert => Some("DistilBertAdapterModel"),
+        Family::Vit | Family::Dinov2 => None,
+    }
+}
+
+fn config_of(dir: &Path) -> Result<(PathBuf, Value)> {
+    let path = dir.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let json = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+    Ok((path, json))
+}
+
+fn tensors_of(dir: &Path) -> Result<(PathBuf, BTreeMap<String, Values>)> {
+    let (safe, torch) = (dir.join(TENSOR_FILE), dir.join(TORCH_FILE));
+    Ok(if safe.exists() { (safe.clone(), read_values(&safe)?) } else { (torch.clone(), read_torch(&torch)?) })
+}
+
+fn write(config: &Value, tensors: &BTreeMap<String, Values>, dir: &Path) -> Result<()> {
+    let config = serde_json::to_string_pretty(config).map_err(|e| Error::format(dir, e.to_string()))?;
+    let tensors = tensors.iter().map(|(key, values)| (key.clone(), values));
+    let tensors = write_values(tensors, &dir.join(TENSOR_FILE))?;
+    Ok(write_atomically(dir, &[(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())])?)
+}
+
+fn name_of<'a>(json: &'a Value, path: &Path) -> Result<&'a str> {
+    json.get("name").and_then(Value::as_str).ok_or_else(|| Error::format(path, "no `name` of the head"))
 }
 
 fn not_there(what: &str) -> Error {
@@ -122,7 +166,7 @@ fn not_there(what: &str) -> Error {
 
 /// Name, labels and number of layers of a head.
 fn described(json: &Value, path: &Path) -> Result<(String, Vec<String>, usize)> {
-    let name = json.get("name").and_then(Value::as_str).ok_or_else(|| Error::format(path, "no `name` of the head"))?;
+    let name = name_of(json, path)?;
     let config = json.get("config").ok_or_else(|| Error::format(path, "no object `config`"))?;
     let expect = |field: &str, expected: &[Value]| match config.get(field) {
         Some(found) if expected.contains(found) => Ok(()),
