@@ -178,15 +178,22 @@ fn fusions_of_the_library_give_its_logits() {
     }
 }
 
-/// Decoders go back through the invertible adapter before their head.
+/// Decoders, which go back through an invertible adapter before their head.
 #[test]
 fn language_models_of_the_library_give_its_logits() {
-    for name in ["gpt2", "llama"] {
-        let dir = testdata().join(format!("adapterhub/{name}_seq_bn_inv"));
-        let (model, _) = load_adapter::<_, BottleneckConfig>(golden::model(name), &dir).unwrap();
+    fn hold<M: Method>(name: &str, variant: &str) {
+        let dir = testdata().join(format!("adapterhub/{name}_{variant}"));
+        let (model, _) = load_adapter::<_, M>(golden::model(name), &dir).unwrap();
         let file = dir.join("logits.safetensors");
         near(&golden::logits(&model, &file), &floats(&file, "logits"), name);
+        let again = tempfile::tempdir().unwrap();
+        AdapterFile::<M>::read(&dir).unwrap().write_hub("task", again.path()).unwrap();
+        let tensors = |dir: &Path| HubFolder::read(dir).unwrap().tensors;
+        assert_eq!(tensors(again.path()), tensors(&dir));
     }
+    hold::<BottleneckConfig>("gpt2", "seq_bn_inv");
+    hold::<BottleneckConfig>("llama", "seq_bn_inv");
+    hold::<LoraConfig>("llama", "lora_all");
 }
 
 /// Compositions of two adapters from files. The library's own average is of no use: it divides by the number of adapters once too often.

@@ -14,21 +14,21 @@ import adapters
 import torch
 import transformers
 from adapters import AdapterPlusConfig, BertAdapterModel, CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig
-from adapters import DoubleSeqBnInvConfig, Fuse, GPT2AdapterModel, IA3Config, LlamaAdapterModel, LoRAConfig, ParBnConfig
-from adapters import RobertaAdapterModel, SeqBnConfig, SeqBnInvConfig
+from adapters import DistilBertAdapterModel, DoubleSeqBnInvConfig, Fuse, GPT2AdapterModel, IA3Config, LlamaAdapterModel
+from adapters import LoRAConfig, ParBnConfig, RobertaAdapterModel, SeqBnConfig, SeqBnInvConfig
 from adapters.composition import Average, BatchSplit, Parallel, Split, Stack
 from adapters.configuration import DynamicAdapterFusionConfig, StaticAdapterFusionConfig
 from safetensors.torch import load_file, save_file
 
 HUB = TESTDATA / "adapterhub"
 ADAPTER = "task"
-MODELS = {"bert": BertAdapterModel, "roberta": RobertaAdapterModel}
+MODELS = {"bert": BertAdapterModel, "roberta": RobertaAdapterModel, "distilbert": DistilBertAdapterModel}
 DECODERS = {"gpt2": GPT2AdapterModel, "llama": LlamaAdapterModel}
 ID2LABEL = {0: "negative", 1: "neutral", 2: "positive"}
 SMALL = dict(reduction_factor=4)
 ALL = dict(attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True)
 
-# Methods on both models: Houlsby, Pfeiffer, Pfeiffer with an invertible adapter, parallel, Compacter, LoRA, (IA)³.
+# Methods on BERT and RoBERTa: Houlsby, Pfeiffer, Pfeiffer with an invertible adapter, parallel, Compacter, LoRA, (IA)³.
 METHODS = {
     "double_seq_bn": DoubleSeqBnConfig(**SMALL),
     "seq_bn": SeqBnConfig(**SMALL),
@@ -289,13 +289,16 @@ def main():
         if listed:
             cases.append({"path": f"adapterhub/{base}_{variant}", "base": f"{base}_seqcls", "variant": variant})
 
-    for base in MODELS:
+    for base in ("bert", "roberta"):
         for variant, config in METHODS.items():
             write(base, variant, write_adapter, config)
     for variant, config in VARIANTS.items():
         write("bert", variant, write_adapter, config)
     write("bert", "seq_bn_one_layer", write_adapter, METHODS["seq_bn"], layers=1)
     write("bert", "seq_bn_bin", write_bin, METHODS["seq_bn"])
+    # Where modules have other names.
+    for variant in ("double_seq_bn_inv", "lora_all", "ia3_all"):
+        write("distilbert", variant, write_adapter, VARIANTS[variant])
     for variant, config in FUSIONS.items():
         write("bert", variant, write_fusion, config)
     write("roberta", "fusion", write_fusion, FUSIONS["fusion"])
@@ -304,6 +307,7 @@ def main():
     write("bert", "language", write_compositions, LANGUAGE, SeqBnInvConfig(**SMALL), listed=False)
     for base in DECODERS:
         write(base, "seq_bn_inv", write_decoder, SeqBnInvConfig(**SMALL), listed=False)
+    write("llama", "lora_all", write_decoder, VARIANTS["lora_all"], listed=False)
 
 
 if __name__ == "__main__":

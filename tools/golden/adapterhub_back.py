@@ -82,6 +82,7 @@ def main():
     source = Path(source)
     cases = [(case["path"], case["variant"]) for case in json.loads((HUB / "cases.json").read_text())]
     cases += [(f"adapterhub/{base}_seq_bn_inv", "seq_bn_inv") for base in DECODERS]
+    cases.append(("adapterhub/llama_lora_all", "lora_all"))
     worst, seen, refused, failed = 0.0, 0, 0, 0
     for path, variant in cases:
         name = path.split("/")[1]

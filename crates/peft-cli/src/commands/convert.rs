@@ -46,7 +46,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     method.convert(&args.adapter, (!hub).then_some(&args.name), &args.out).map_err(|error| match error {
         Error::Adapter(error @ peft_core::Error::Config { .. }) => Error::Refused {
             what: format!("--adapter {}: {error}", args.adapter.display()),
-            hint: "only what both layouts have and is built here goes from one to the other; train it again without that field".to_owned(),
+            hint: "only what is built here and exists in both layouts is converted".to_owned(),
         },
         other => other,
     })?;

@@ -128,29 +128,45 @@ impl<M: Method> AdapterFile<M> {
     }
 }
 
+const INTERMEDIATE: &str = "intermediate_lora";
+const OUTPUT: &str = "output_lora";
+
+/// By the end of a layer's name, what says that it has LoRA or (IA)³: `BERT`, `DistilBERT`, Llama. The library takes the feed-forward layers of Llama the other way round.
+const LAYERS: [(&str, Option<&str>); 16] = [
+    (".query", Some("q")),
+    (".key", Some("k")),
+    (".value", Some("v")),
+    (".q_lin", Some("q")),
+    (".k_lin", Some("k")),
+    (".v_lin", Some("v")),
+    (".self_attn.q_proj", Some("q")),
+    (".self_attn.k_proj", Some("k")),
+    (".self_attn.v_proj", Some("v")),
+    (".intermediate.dense", Some(INTERMEDIATE)),
+    (".attention.output.dense", None),
+    (".output.dense", Some(OUTPUT)),
+    (".ffn.lin1", Some(INTERMEDIATE)),
+    (".ffn.lin2", Some(OUTPUT)),
+    (".mlp.down_proj", Some(INTERMEDIATE)),
+    (".mlp.up_proj", Some(OUTPUT)),
+];
+
 /// The fields of `config` that say which layers have LoRA or (IA)³ there: projections of the attention, and both of the feed-forward part.
 ///
 /// # Errors
 /// When one of the layers is none of these.
 pub fn layers_config<'a>(modules: impl IntoIterator<Item = &'a str>) -> Result<Map<String, Value>> {
-    let (mut matrices, mut intermediate, mut output) = (BTreeSet::new(), false, false);
+    let mut flags = BTreeSet::new();
     for module in modules {
-        let names: Vec<&str> = module.rsplit('.').take(3).collect();
-        match names[..] {
-            ["query", ..] => drop(matrices.insert("q")),
-            ["key", ..] => drop(matrices.insert("k")),
-            ["value", ..] => drop(matrices.insert("v")),
-            ["dense", "intermediate", ..] => intermediate = true,
-            ["dense", "output", above] if above != "attention" => output = true,
-            _ => {
-                let expected = "query, key, value, intermediate.dense and output.dense, which AdapterHub's layout has";
-                return Err(Error::config("target_modules", expected, module));
-            }
-        }
+        let flag = LAYERS.iter().find(|(end, _)| module.ends_with(end)).and_then(|(_, flag)| *flag);
+        let expected =
+            "projections q, k and v of attention, and both of the feed-forward part, which AdapterHub's layout has";
+        flags.insert(flag.ok_or_else(|| Error::config("target_modules", expected, module))?);
     }
+    let (intermediate, output) = (flags.remove(INTERMEDIATE), flags.remove(OUTPUT));
     let fields = serde_json::json!({
-        "attn_matrices": matrices,
-        "selfattn_lora": !matrices.is_empty(),
+        "attn_matrices": flags,
+        "selfattn_lora": !flags.is_empty(),
         "intermediate_lora": intermediate,
         "output_lora": output,
         "architecture": "lora",
