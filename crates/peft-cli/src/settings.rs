@@ -48,9 +48,9 @@ pub struct Settings {
     #[serde(flatten)]
     pub packing: PackingArgs,
 
-    /// Rank of the update
-    #[arg(long, default_value_t = 8, help_heading = "Method", value_name = "R")]
-    pub rank: usize,
+    /// lora: rank of the update [default: 8]
+    #[arg(long, help_heading = "Method", value_name = "R")]
+    pub rank: Option<usize>,
     /// The update is scaled by alpha / rank [default: the rank, that is a scale of one]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub alpha: Option<f64>,
@@ -140,9 +140,9 @@ pub struct Settings {
     /// Batches whose gradients make one step
     #[arg(long, default_value_t = 1, help_heading = "Training", value_name = "N")]
     pub accumulate: usize,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 2e-4, help_heading = "Training", value_name = "X")]
-    pub lr: f64,
+    /// Peak learning rate [default: what is usual for the method, see `peft methods`]
+    #[arg(long, help_heading = "Training", value_name = "X")]
+    pub lr: Option<f64>,
     /// Fraction of the steps during which the rate rises
     #[arg(long, default_value_t = 0.03, help_heading = "Training", value_name = "X")]
     pub warmup: f64,
@@ -239,7 +239,7 @@ impl Settings {
                 continue;
             }
             if !MAY_CHANGE.contains(&key.as_str()) {
-                let was = saved.get(key).map_or_else(|| "not set".to_owned(), Value::to_string);
+                let was = saved.get(key).map_or_else(|| "the default".to_owned(), Value::to_string);
                 let what = format!("--{key} is {value}, but the run in {} was begun with {was}", out.display());
                 return Err(Error::usage(what, "leave it out to resume, or begin a run in another folder"));
             }
@@ -284,13 +284,13 @@ impl Settings {
         self.out.as_deref().ok_or_else(|| missing("out", "a folder"))
     }
 
-    /// What the training loop needs of them.
-    pub fn train_config(&self, progress: bool) -> TrainConfig {
+    /// What the training loop needs of them; the learning rate may be the method's.
+    pub fn train_config(&self, learning_rate: f64, progress: bool) -> TrainConfig {
         TrainConfig {
             steps: self.steps.unwrap_or(0),
             epochs: self.epochs,
             accumulate: self.accumulate,
-            learning_rate: self.lr,
+            learning_rate,
             warmup: self.warmup,
             schedule: self.schedule,
             weight_decay: self.weight_decay,

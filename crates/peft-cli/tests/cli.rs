@@ -213,7 +213,7 @@ fn resuming_is_bit_identical() {
 
     let (code, message) = refused(&["train", "--out", &shop.path("broken"), "--resume", "--rank", "4"]);
     assert!(
-        code == 2 && message.contains("--rank is 4, but the run in") && message.contains("was begun with 8"),
+        code == 2 && message.contains("--rank is 4, but the run in") && message.contains("was begun with the default"),
         "{message}"
     );
     let (code, message) = refused(&strs(&shop.train("broken", &[])));

@@ -11,9 +11,10 @@ use crate::{Context, Result};
 /// # Errors
 /// When standard output is closed.
 pub fn run(context: &Context) -> Result<()> {
-    let header = ["method", "peft_type", "adapted layer", "parameters a layer", ""].map(str::to_owned).to_vec();
+    let header = ["method", "peft_type", "adapted layer", "parameters a layer", "--lr", ""].map(str::to_owned).to_vec();
     let row = |entry: &crate::methods::Entry| {
-        [entry.name, entry.peft_type().unwrap_or_default(), entry.formula, entry.parameters, entry.about]
+        let rate = format!("{:e}", entry.learning_rate);
+        [entry.name, entry.peft_type().unwrap_or_default(), entry.formula, entry.parameters, &rate, entry.about]
             .map(str::to_owned)
             .to_vec()
     };
@@ -25,6 +26,7 @@ pub fn run(context: &Context) -> Result<()> {
             "peft_type": entry.peft_type(),
             "formula": entry.formula,
             "parameters": entry.parameters,
+            "learning_rate": entry.learning_rate,
             "about": entry.about,
         })
     });

@@ -62,14 +62,17 @@ pub struct Args {
 pub fn run(args: Args, given: &ArgMatches, context: &Context) -> Result<ExitCode> {
     let mut settings = args.settings;
     settings.device = Some(context.device.clone());
-    let settings = settings.resolve(given, args.config.as_deref(), args.resume)?;
+    let mut settings = settings.resolve(given, args.config.as_deref(), args.resume)?;
+    let method = methods::by_name(&settings.method)?;
+    // Written down, so that the run can be repeated.
+    let learning_rate = *settings.lr.get_or_insert(method.learning_rate);
     let name = settings.device.as_deref().unwrap_or(&context.device);
     let place = Place { dir: settings.out()?, resume: args.resume, overwrite: args.overwrite };
     place.check(settings.model.as_deref())?;
     // What cannot be is refused before anything is read.
-    methods::by_name(&settings.method)?.build(&settings)?;
+    method.build(&settings)?;
     settings.data()?;
-    let config = settings.train_config(!context.output.json && std::io::stderr().is_terminal());
+    let config = settings.train_config(learning_rate, !context.output.json && std::io::stderr().is_terminal());
     config.check()?;
     let device = device::open(name)?.autodiff();
     let files = model::open(settings.model()?)?;

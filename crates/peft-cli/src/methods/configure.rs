@@ -12,6 +12,9 @@ use crate::{Error, Result};
 /// A flag that (IA)³ alone has.
 const FEEDFORWARD: &str = "feedforward";
 
+/// Rank of `LoRA`, where nothing is said.
+const RANK: usize = 8;
+
 /// Width of the model over width of a bottleneck, where nothing is said.
 const FACTOR: f64 = 16.0;
 
@@ -19,14 +22,16 @@ const FACTOR: f64 = 16.0;
 const REDUCTION: &str = "reduction-factor";
 
 /// Flags that `LoRA` alone has.
-const OF_LORA: [&str; 7] = ["alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
+const OF_LORA: [&str; 8] =
+    ["rank", "alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
 
 /// `LoRA`.
 pub(super) fn lora(settings: &Settings) -> Result<LoraConfig> {
     only(settings, "lora", &OF_LORA)?;
+    let rank = settings.rank.unwrap_or(RANK);
     Ok(LoraConfig {
-        rank: settings.rank,
-        alpha: settings.alpha.unwrap_or(settings.rank as f64),
+        rank,
+        alpha: settings.alpha.unwrap_or(rank as f64),
         dropout: settings.dropout,
         use_rslora: settings.rslora,
         lora_bias: settings.lora_bias,
@@ -95,6 +100,7 @@ fn initial<T: Copy>(settings: &Settings, method: &str, meanings: &[(Init, T)]) -
 /// Refuses settings of other methods, which would change nothing here.
 pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()> {
     let given = [
+        ("rank", settings.rank.is_some()),
         ("alpha", settings.alpha.is_some()),
         ("dropout", settings.dropout != 0.0),
         ("rslora", settings.rslora),
