@@ -77,6 +77,9 @@ pub struct Settings {
     /// Width of the model over width of a bottleneck [default: 16]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub reduction_factor: Option<f64>,
+    /// Bottlenecks: an invertible adapter behind the embeddings besides (MAD-X), of half the model's width over X
+    #[arg(long, help_heading = "Method", value_name = "X")]
+    pub inv_adapter: Option<f64>,
 
     /// Modules to adapt, by the end of their names: `q_proj,v_proj`; or all-linear for every linear layer but the head
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]

@@ -21,6 +21,9 @@ const FACTOR: f64 = 16.0;
 /// A flag that bottlenecks alone have.
 const REDUCTION: &str = "reduction-factor";
 
+/// Another.
+const INVERTIBLE: &str = "inv-adapter";
+
 /// Flags that `LoRA` alone has.
 const OF_LORA: [&str; 8] =
     ["rank", "alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
@@ -78,9 +81,12 @@ pub(super) fn bottleneck(
     method: &str,
     preset: impl Fn(f64) -> BottleneckConfig,
 ) -> Result<BottleneckConfig> {
-    only(settings, method, &[REDUCTION, "dropout"])?;
+    only(settings, method, &[REDUCTION, INVERTIBLE, "dropout"])?;
     initial(settings, method, &[(Init::Kaiming, ())])?;
     let mut config = preset(settings.reduction_factor.unwrap_or(FACTOR));
+    if let Some(factor) = settings.inv_adapter {
+        config = config.with_inv_adapter(factor);
+    }
     config.dropout = settings.dropout;
     let given = targets(settings)?;
     config.targets = Targets { target_modules: given.target_modules.or(config.targets.target_modules), ..given };
@@ -110,6 +116,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("lora-plus", settings.lora_plus != 1.0),
         (FEEDFORWARD, !settings.feedforward.is_empty()),
         (REDUCTION, settings.reduction_factor.is_some()),
+        (INVERTIBLE, settings.inv_adapter.is_some()),
     ];
     match given.iter().find(|(flag, given)| *given && !own.contains(flag)) {
         Some((flag, _)) => Err(Error::usage(format!("--{flag}: {method} has no such setting"), "leave it out")),

@@ -1,7 +1,8 @@
 //! Adapters in AdapterHub's layout, on the command line.
 
 use super::labels::{golden, ints};
-use super::{deviation, json_of, refused, testdata};
+use super::scaling::trained;
+use super::{Workshop, deviation, json_of, logits, refused, testdata};
 
 /// The library's own adapters with their heads give its logits; converted into PEFT's layout they still do, and converted back.
 #[test]
@@ -34,6 +35,20 @@ fn adapters_of_the_library_are_used_and_converted() {
         let (code, message) = refused(&["convert", "--adapter", &peft, "--out", &back]);
         assert!(code == 2 && message.contains("there is an adapter already"), "{message}");
     }
+}
+
+/// A language adapter as MAD-X has it: bottlenecks, and an invertible adapter behind the embeddings.
+#[test]
+fn an_invertible_adapter_is_trained_and_converted() {
+    let shop = Workshop::new();
+    trained(&shop, "pfeiffer", "output_adapters", &["--reduction-factor", "2", "--inv-adapter", "2"]);
+    let (model, adapter, hub) = (shop.path("model"), shop.path("pfeiffer"), shop.path("hub"));
+    json_of(&["convert", "--json", "--adapter", &adapter, "--out", &hub, "--name", "en"]);
+    let tensors = peft_core::files::read_values(&std::path::Path::new(&hub).join("adapter.safetensors")).unwrap();
+    assert!(tensors.contains_key("model.invertible_adapters.en.F.0.weight"));
+    assert!(deviation(&logits(&model, Some(&hub)), &logits(&model, Some(&adapter))) < 1e-6);
+    let (code, message) = refused(&["merge", "--model", &model, "--adapter", &hub, "--out", &shop.path("merged")]);
+    assert!(code != 0 && message.contains("model.invertible_adapters"), "{message}");
 }
 
 #[test]

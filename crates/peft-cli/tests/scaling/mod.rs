@@ -4,7 +4,7 @@ use super::packing::with;
 use super::*;
 
 /// A short run of `method` on `targets`, which must lower the loss; gives its report.
-fn trained(shop: &Workshop, method: &str, targets: &str, more: &[&str]) -> Value {
+pub(crate) fn trained(shop: &Workshop, method: &str, targets: &str, more: &[&str]) -> Value {
     let more = [&["--method", method, "--steps", "30", "--eval-every", "10"], more].concat();
     let result = json_of(&strs(&with(shop.train(method, &more), "--targets", targets)));
     let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
