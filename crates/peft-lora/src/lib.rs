@@ -1,6 +1,7 @@
 //! LoRA, and what belongs to it: combining adapters and LoRA+ learning rates.
 
 pub mod combine;
+mod compose;
 mod factors;
 mod hub;
 mod init;

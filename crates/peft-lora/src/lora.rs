@@ -13,8 +13,7 @@ use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
-    Activation, AdapterFile, Base, Composable, End, Error, FileTensor, LayerKind, Method, Part, Result, Site, Targets,
-    pattern_value,
+    Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
 };
 use serde::{Deserialize, Serialize};
 
@@ -311,30 +310,5 @@ impl Activation for LoraAdapter {
         let delta = (self.a.val().select(0, ids) * self.scale).matmul(self.b.val());
         let dtype = y.dtype();
         Some(y + delta.cast(dtype))
-    }
-}
-
-impl Composable for LoraConfig {
-    const COMPOSITION: &'static str = "LORA_COMPOSITION";
-    const PLACES: &'static [LayerKind] = &[LayerKind::Linear, LayerKind::Conv1D];
-}
-
-impl Part for LoraAdapter {
-    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
-        (end.input.clone(), end.output.clone())
-    }
-
-    fn through(&self, seen: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
-        let dtype = residual.dtype();
-        residual + self.update(self.dropout.forward(seen)).cast(dtype)
-    }
-
-    fn update(&self, seen: Tensor<3>) -> Tensor<3> {
-        let (a, b) = (self.a.val(), self.b.val());
-        let y = (seen.cast(a.dtype()).matmul(a.unsqueeze()) * self.scale).matmul(b.unsqueeze());
-        match self.shift(None) {
-            Some(shift) => y + shift.unsqueeze(),
-            None => y,
-        }
     }
 }

@@ -1,0 +1,31 @@
+//! `LoRA` as a part of compositions: the end of a linear layer is its place, and its update what it adds.
+
+use burn::tensor::Tensor;
+use peft_core::{Activation as _, Composable, End, LayerKind, Part};
+
+use crate::{LoraAdapter, LoraConfig};
+
+impl Composable for LoraConfig {
+    const COMPOSITION: &'static str = "LORA_COMPOSITION";
+    const PLACES: &'static [LayerKind] = &[LayerKind::Linear, LayerKind::Conv1D];
+}
+
+impl Part for LoraAdapter {
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        (end.input.clone(), end.output.clone())
+    }
+
+    fn through(&self, seen: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
+        let dtype = residual.dtype();
+        residual + self.update(self.dropout.forward(seen)).cast(dtype)
+    }
+
+    fn update(&self, seen: Tensor<3>) -> Tensor<3> {
+        let (a, b) = (self.a.val(), self.b.val());
+        let y = (seen.cast(a.dtype()).matmul(a.unsqueeze()) * self.scale).matmul(b.unsqueeze());
+        match self.shift(None) {
+            Some(shift) => y + shift.unsqueeze(),
+            None => y,
+        }
+    }
+}
