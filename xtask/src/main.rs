@@ -14,6 +14,7 @@ mod process;
 mod setup;
 mod test_backends;
 mod vader;
+mod vit;
 mod workspace;
 
 use clap::{Parser, Subcommand};
