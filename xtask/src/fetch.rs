@@ -4,6 +4,7 @@
 
 use crate::archive::{Client, Package, untar};
 use crate::error::{Error, Result};
+use crate::fashion::make_parts;
 use crate::setup::{replace, work_directory};
 use crate::vader::make_tasks;
 use crate::vit::make_model;
@@ -236,7 +237,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "fashion-mnist",
-        about: "70,000 grey pictures of clothes, 28 x 28, in ten classes",
+        about: "70,000 grey pictures of clothes, 28 x 28, in ten classes, and a small task made of them",
         licence: "MIT",
         package: Package {
             client: Client::Deb,
@@ -247,7 +248,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["usr/share/datasets/fashion-mnist/"],
-        derive: None,
+        derive: Some(make_parts),
     },
 ];
 

@@ -7,6 +7,7 @@ mod archive;
 mod ci;
 mod corrected;
 mod error;
+mod fashion;
 mod fetch;
 mod lines;
 mod new_method;
