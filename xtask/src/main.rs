@@ -7,6 +7,7 @@ mod archive;
 mod ci;
 mod corrected;
 mod error;
+mod fashion;
 mod fetch;
 mod lines;
 mod new_method;
@@ -14,6 +15,7 @@ mod process;
 mod setup;
 mod test_backends;
 mod vader;
+mod vit;
 mod workspace;
 
 use clap::{Parser, Subcommand};
