@@ -9,7 +9,7 @@ use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{End, Method, Quantized};
+use crate::{End, Method, Prompt, PromptShape, Quantized};
 
 /// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
@@ -38,6 +38,12 @@ pub trait Activation {
     /// The adapted end of a sub-layer.
     fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
         end.close()
+    }
+
+    /// What stands in front of every row, in a model of that shape.
+    fn prompt(&self, shape: &PromptShape) -> Prompt {
+        let _ = shape;
+        Prompt::default()
     }
 
     /// Adapted embeddings, `[rows, width]`: what goes into the model's blocks in place of `x`.

@@ -58,7 +58,12 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
     for (path, container) in &found.modules {
         let site = by_path.get(path.as_str()).copied();
         let behind = site.is_some_and(|site| site.kind == LayerKind::Embedded);
-        let wanted = if behind { method.embeds() } else { matcher.matches(path, site.map(|s| s.kind)) };
+        let wanted = match site.map(|site| site.kind) {
+            Some(LayerKind::Embedded) => method.embeds(),
+            // A model has one such place, so there is nothing to choose.
+            Some(LayerKind::Prompts) => method.kinds().contains(&LayerKind::Prompts),
+            kind => matcher.matches(path, kind),
+        };
         if !wanted || method.leaves_out(path) {
             continue;
         }

@@ -19,8 +19,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
 use crate::{
-    Error, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach, base_fingerprint,
-    hf_name, map_params, scan, visit_params,
+    Error, LayerKind, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach,
+    base_fingerprint, hf_name, map_params, scan, visit_params,
 };
 
 pub use self::hub::{HUB_TENSOR_FILE, HubFolder, layers_config};
@@ -35,6 +35,9 @@ pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 pub const CAUSAL_LM: &str = "CAUSAL_LM";
 
 const PREFIX: &str = "base_model.model.";
+
+/// The same beside an adapter that belongs to the model as a whole, which PEFT wraps once instead of twice.
+const PREFIX_OF_MODEL: &str = "base_model.";
 
 /// Where a safetensors file's header begins, behind its length; also what its end is aligned to.
 const HEADER_AT: usize = size_of::<u64>();
@@ -105,12 +108,14 @@ pub fn tensors_of(dir: &Path) -> Result<BTreeMap<String, Values>> {
     if is_hub(dir)? {
         return Ok(HubFolder::read(dir)?.tensors);
     }
-    Ok(read_values(&dir.join(TENSOR_FILE))?.into_iter().map(stripped).collect())
+    let tensors = read_values(&dir.join(TENSOR_FILE))?;
+    let prefix = if tensors.keys().any(|key| key.starts_with(PREFIX)) { PREFIX } else { PREFIX_OF_MODEL };
+    Ok(tensors.into_iter().map(without(prefix)).collect())
 }
 
-/// Without what all keys of PEFT's layout begin with.
-fn stripped((key, values): (String, Values)) -> (String, Values) {
-    (key.strip_prefix(PREFIX).map_or(key.clone(), str::to_owned), values)
+/// Takes off what keys of PEFT's layout begin with.
+fn without(prefix: &str) -> impl Fn((String, Values)) -> (String, Values) {
+    move |(key, values)| (key.strip_prefix(prefix).map_or(key.clone(), str::to_owned), values)
 }
 
 /// Writes the adapter of `module`: exactly the adapter's tensors, and the base parameters that were trained with it.
@@ -144,6 +149,8 @@ pub fn load_adapter_with<T: Module, M: Method>(module: T, dir: &Path, strictness
 }
 
 impl<M: Method> AdapterFile<M> {
+    const PREFIX: &'static str = if M::OF_MODEL { PREFIX_OF_MODEL } else { PREFIX };
+
     /// Takes the adapter out of `module`.
     ///
     /// # Errors
@@ -209,7 +216,7 @@ impl<M: Method> AdapterFile<M> {
         method.check()?;
         let path = dir.join(TENSOR_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let tensors = values_of(&bytes, &path)?.into_iter().map(stripped).collect();
+        let tensors = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
         let base_fingerprint = fingerprint_of(&bytes, &path)?;
         Ok(Self { method, base_model, task_type, base_fingerprint, tensors })
     }
@@ -221,7 +228,11 @@ impl<M: Method> AdapterFile<M> {
     pub fn write(&self, dir: &Path) -> Result<()> {
         let config = self.config_json()?;
         let path = dir.join(TENSOR_FILE);
-        let prefixed = self.tensors.iter().map(|(key, values)| (format!("{PREFIX}{key}"), values));
+        let own = |key: &str| M::OF_MODEL && M::tensors(LayerKind::Prompts).iter().any(|tensor| tensor.key == key);
+        let prefixed = self.tensors.iter().map(|(key, values)| {
+            let name = if own(key) { key.clone() } else { format!("{}{key}", Self::PREFIX) };
+            (name, values)
+        });
         let mut tensors = write_values(prefixed, &path)?;
         if let Some(fingerprint) = &self.base_fingerprint {
             tensors = with_fingerprint(&tensors, fingerprint, &path)?;
@@ -416,7 +427,8 @@ impl<M: Method> Keys<M> {
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
         match location.kind.and_then(|kind| M::key(kind, field)) {
             Some((key, transposed)) => {
-                Ok(Key { name: format!("{}.{key}", location.module), transposed, required: true })
+                let name = if M::OF_MODEL { key } else { format!("{}.{key}", location.module) };
+                Ok(Key { name, transposed, required: true })
             }
             None => Err(Problem::Other {
                 path: at.path(),

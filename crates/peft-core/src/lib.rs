@@ -23,6 +23,7 @@ mod location;
 mod merge;
 mod method;
 mod named;
+mod prompts;
 mod quantized;
 mod report;
 mod site;
@@ -47,6 +48,7 @@ pub use method::{FileTensor, Method};
 pub use named::Named;
 /// The custom operations, on which the activation seam rests.
 pub use peft_kernels as kernels;
+pub use prompts::{Prompt, PromptShape, Prompts};
 pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, rng_of, scan};

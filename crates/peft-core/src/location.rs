@@ -25,6 +25,8 @@ pub enum LayerKind {
     SubLayer,
     /// [`Embedded`](crate::Embedded): no weight at all, but the place behind a model's embeddings.
     Embedded,
+    /// [`Prompts`](crate::Prompts): no weight at all, but the place of learned inputs.
+    Prompts,
 }
 
 impl LayerKind {
@@ -38,6 +40,7 @@ impl LayerKind {
             "Struct:Conv2d" => Some(Self::Conv2d),
             "Struct:SubLayer" => Some(Self::SubLayer),
             "Struct:Embedded" => Some(Self::Embedded),
+            "Struct:Prompts" => Some(Self::Prompts),
             _ => None,
         }
     }
@@ -49,7 +52,7 @@ impl LayerKind {
 
     /// Whether it is there only for an adapter to sit in.
     pub fn is_place(self) -> bool {
-        matches!(self, Self::SubLayer | Self::Embedded)
+        matches!(self, Self::SubLayer | Self::Embedded | Self::Prompts)
     }
 
     /// The name of the parameter that an adapter of such a layer sits in.
@@ -57,7 +60,7 @@ impl LayerKind {
         match self {
             Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
             Self::LayerNorm | Self::RmsNorm => "gamma",
-            Self::SubLayer | Self::Embedded => PLACE,
+            Self::SubLayer | Self::Embedded | Self::Prompts => PLACE,
         }
     }
 
@@ -68,7 +71,8 @@ impl LayerKind {
         }
         match (self, shape) {
             (Self::Linear | Self::Conv1D | Self::Embedding, [d_in, d_out]) => Some((*d_in, *d_out)),
-            (Self::LayerNorm | Self::RmsNorm | Self::SubLayer | Self::Embedded, [width]) => Some((*width, *width)),
+            (Self::LayerNorm | Self::RmsNorm, [width]) => Some((*width, *width)),
+            (place, [width]) if place.is_place() => Some((*width, *width)),
             (Self::Conv2d, [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
             _ => None,
         }

@@ -37,6 +37,9 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// has none.
     const FAST: &'static [&'static str] = &[];
 
+    /// Whether the adapter belongs to the model as a whole: the file's keys of its tensors have no path before them then, as those of PEFT's prompt methods.
+    const OF_MODEL: bool = false;
+
     /// The trained state in one weight.
     type Adapter: Reparameterization;
 

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::location::REPARAMETERIZATION;
 use crate::named::NAMED;
-use crate::{LayerKind, PathStack, Quantized};
+use crate::{LayerKind, PathStack, PromptShape, Quantized};
 
 /// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
 #[derive(Clone, Debug)]
@@ -36,6 +36,8 @@ pub struct Site {
     pub dtype: DType,
     /// How the weight is packed, if it is.
     pub packed: Option<PackedLayout>,
+    /// What prompts must be like, at the place for them.
+    pub prompt: Option<PromptShape>,
     /// Device of the weight.
     pub device: Device,
 }
@@ -200,6 +202,12 @@ impl ModuleVisitor for Scanner {
                     (site.d_in, site.d_out, site.packed) = (layout.d_in, layout.d_out, Some(layout));
                 }
             }
+            _ if let Some(shape) = PromptShape::announced(container) => {
+                // The place was visited just before.
+                if let Some(site) = self.scan.sites.last_mut() {
+                    site.prompt = Some(shape);
+                }
+            }
             _ => {
                 let owner = container.split_once(':').map_or(container, |(_, name)| name).to_owned();
                 self.scan.modules.entry(self.stack.path()).or_insert(owner);
@@ -244,6 +252,7 @@ impl ModuleVisitor for Scanner {
                 vectors: BTreeMap::new(),
                 aware: false,
                 packed: None,
+                prompt: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
                 device: param.lazy_device(),
             });

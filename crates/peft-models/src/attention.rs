@@ -1,6 +1,7 @@
 //! What the blocks of a pass share: where each token is and what it sees; and the cache of keys and values.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::Prompt;
 use peft_core::kernels::{Sight, attention, rope};
 
 use crate::config::{Rope, RopeScaling};
@@ -27,23 +28,22 @@ pub(crate) struct Pass {
     angles: Option<Tensor<4>>,
     /// `[batch, seq]`, where rows hold several sequences.
     segments: Option<Tensor<2, Int>>,
+    /// What stands in front of each row; nothing behind tokens in a cache, which has it.
+    prompt: Prompt,
 }
 
 impl Pass {
-    /// Prepares `seq` new tokens after `past` cached ones.
+    /// Prepares `seq` new tokens, virtual ones included, behind those of a cache.
     pub(crate) fn new(
         layout: Layout<'_>,
-        past: usize,
+        prompt: Prompt,
+        cache: Option<&KvCache>,
         seq: usize,
         rope: Option<(&Rope, usize)>,
         device: &Device,
     ) -> Self {
         let device = &device.clone().without_autodiff();
-        let plain: Vec<u32> = (past..past + seq).map(|p| p as u32).collect();
-        let rows: &[Vec<u32>] = match layout {
-            Layout::Rows => std::slice::from_ref(&plain),
-            Layout::Packed { positions, .. } => positions,
-        };
+        let rows = positions(layout, &prompt, cache, seq);
         let angles = rope.map(|(rope, head_dim)| {
             let frequencies = rope.frequencies(head_dim);
             let turns = |position: u32| frequencies.iter().map(move |f| f64::from(position) * f);
@@ -60,7 +60,7 @@ impl Pass {
                 Some(Tensor::from_data(TensorData::new(values, [segments.len(), seq]), device))
             }
         };
-        Self { angles, segments }
+        Self { angles, segments, prompt }
     }
 
     /// Turns each half-split pair of `x` `[batch, seq, heads, head_dim]` by the angle of its position.
@@ -77,19 +77,39 @@ impl Pass {
     /// `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`; result `[batch, seq, heads · head_dim]`.
     pub(crate) fn attend(
         &self,
+        block: usize,
         q: Tensor<4>,
         k: Tensor<4>,
         v: Tensor<4>,
         window: Option<usize>,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
+        let (k, v) = self.prompt.past(block, k, v);
+        let mut prefix = self.prompt.past_tokens();
         let (k, v) = match cache {
-            Some((cache, block)) => cache.extend(block, k, v),
+            Some(cache) => {
+                prefix = prefix.max(cache.prefix);
+                cache.prefix = prefix;
+                cache.extend(block, k, v)
+            }
             None => (k, v),
         };
         let scale = (q.dims()[3] as f64).sqrt().recip();
-        let sight = Sight { causal: true, window, prefix: 0 };
+        let sight = Sight { causal: true, window, prefix };
         attention(q, k, v, self.segments.clone(), sight, scale).flatten(2, 3)
+    }
+}
+
+/// The place of each token in its sequence, behind what is in the cache and learned keys: a row for all, or one for each.
+pub(crate) fn positions(layout: Layout<'_>, prompt: &Prompt, cache: Option<&KvCache>, seq: usize) -> Vec<Vec<u32>> {
+    let past = cache.map_or(0, KvCache::len) + prompt.past_tokens();
+    match layout {
+        Layout::Rows => vec![(past..past + seq).map(|position| position as u32).collect()],
+        Layout::Packed { positions, .. } => {
+            assert_eq!(prompt.tokens(), 0, "virtual tokens stand in front of one sequence a row");
+            let behind = |row: &Vec<u32>| row.iter().map(|position| position + past as u32).collect();
+            positions.iter().map(behind).collect()
+        }
     }
 }
 
@@ -122,10 +142,12 @@ impl Rope {
 #[derive(Clone, Debug, Default)]
 pub struct KvCache {
     blocks: Vec<(Tensor<4>, Tensor<4>)>,
+    /// How many of them were learned, and are seen whatever the window.
+    prefix: usize,
 }
 
 impl KvCache {
-    /// Tokens seen so far.
+    /// Tokens seen so far, virtual and learned ones included.
     pub fn len(&self) -> usize {
         self.blocks.first().map_or(0, |(keys, _)| keys.dims()[1])
     }

@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
+use peft_core::Prompt;
 use peft_core::kernels::Scores;
 
 use crate::attention::{KvCache, Layout};
@@ -41,6 +42,14 @@ impl CausalLm {
         match self {
             Self::Llama(model) => model.hidden(ids, layout, cache),
             Self::Gpt2(model) => model.hidden(ids, layout, cache),
+        }
+    }
+
+    /// What stands in front of each row; nothing once it is in the cache.
+    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
+        match self {
+            Self::Llama(model) => model.prompt(cache),
+            Self::Gpt2(model) => model.prompt(cache),
         }
     }
 

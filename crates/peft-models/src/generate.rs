@@ -49,14 +49,16 @@ pub fn generate(
     if let Some(id) = prompt.iter().find(|id| **id as usize >= config.vocab_size()) {
         return refuse(format!("token {id} is out of range: the model has {} tokens", config.vocab_size()));
     }
-    if prompt.len() >= config.max_positions() {
-        return refuse(format!("the prompt has {} tokens, the model takes {}", prompt.len(), config.max_positions()));
+    let learned = model.prompt(None);
+    let room = config.max_positions().saturating_sub(learned.tokens() + learned.past_tokens());
+    if prompt.len() >= room {
+        return refuse(format!("the prompt has {} tokens, the model takes {room}", prompt.len()));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut cache = KvCache::default();
     let mut input = prompt.to_vec();
     let mut output = Vec::new();
-    for _ in 0..max_new_tokens.min(config.max_positions() - prompt.len()) {
+    for _ in 0..max_new_tokens.min(room - prompt.len()) {
         let logits = last_logits(model, &input, &mut cache, device)?;
         let next = choose(&logits, sampling, &mut rng);
         output.push(next);

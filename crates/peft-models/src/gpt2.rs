@@ -4,9 +4,11 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Nonlinearity, Scores, activate, linear_cross_entropy};
-use peft_core::{AdapterAware, Embedded, SubLayer, embedding_as, layer_norm, linear_with, product};
+use peft_core::{
+    AdapterAware, Embedded, Prompt, PromptShape, Prompts, SubLayer, embedding_as, layer_norm, linear_with, product,
+};
 
-use crate::attention::{KvCache, Layout, Pass, split_heads};
+use crate::attention::{KvCache, Layout, Pass, positions, split_heads};
 use crate::config::Gpt2Config;
 
 /// A GPT-2 language model; its head is the embedding table.
@@ -23,6 +25,7 @@ struct Gpt2Model {
     wte: Embedding,
     wpe: Embedding,
     invertible_adapters: Embedded,
+    prompts: Prompts,
     h: Vec<Gpt2Block>,
     ln_f: LayerNorm,
 }
@@ -69,6 +72,16 @@ impl Conv1D {
 }
 
 impl Gpt2Config {
+    fn prompts(&self) -> PromptShape {
+        PromptShape {
+            width: self.n_embd,
+            blocks: self.n_layer,
+            kv_heads: self.n_head,
+            head_dim: self.n_embd / self.n_head,
+            positions: self.n_positions,
+        }
+    }
+
     /// A model with random weights `N(0, 0.02²)`, allocated only when first used.
     pub fn init(&self, device: &Device) -> Gpt2 {
         let table = |rows| {
@@ -95,6 +108,7 @@ impl Gpt2Config {
                 wte: table(self.vocab_size),
                 wpe: table(self.n_positions),
                 invertible_adapters: Embedded::new(self.n_embd, device),
+                prompts: Prompts::new(self.prompts(), device),
                 h: (0..self.n_layer).map(|_| block()).collect(),
                 ln_f: norm(),
             },
@@ -115,37 +129,33 @@ impl Gpt2 {
     /// # Panics
     /// When the sequence is longer than the position table.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
-        let model = &self.transformer;
-        let [_, seq] = ids.dims();
-        let past = cache.as_ref().map_or(0, |c| c.len());
-        assert!(
-            past + seq <= self.config.n_positions,
-            "{} tokens, but {} positions",
-            past + seq,
-            self.config.n_positions
-        );
-        let device = ids.device();
-        let pass = Pass::new(layout, past, seq, None, &device);
-        let (rows, positions): (usize, Vec<i64>) = match layout {
-            Layout::Rows => (1, (past..past + seq).map(|p| p as i64).collect()),
-            Layout::Packed { positions, .. } => {
-                (positions.len(), positions.iter().flatten().map(|p| i64::from(*p)).collect())
-            }
-        };
-        let positions = Tensor::<2, Int>::from_data(TensorData::new(positions, [rows, seq]), &device);
+        let (model, device) = (&self.transformer, ids.device());
+        let prompt = self.prompt(cache.as_deref());
         // Tables may be in 16 bits, activations never.
         let dtype = model.ln_f.gamma.val().dtype();
-        let x = embedding_as(&model.wte, ids, dtype) + embedding_as(&model.wpe, positions, dtype);
-        let mut x = model.invertible_adapters.enter(x);
+        let x = prompt.before(embedding_as(&model.wte, ids, dtype));
+        let seq = x.dims()[1];
+        let rows = positions(layout, &prompt, cache.as_deref(), seq);
+        let most = rows.iter().flatten().max().map_or(0, |last| *last as usize + 1);
+        assert!(most <= self.config.n_positions, "{most} tokens, but {} positions", self.config.n_positions);
+        let places: Vec<i64> = rows.iter().flatten().map(|position| i64::from(*position)).collect();
+        let places = Tensor::<2, Int>::from_data(TensorData::new(places, [rows.len(), seq]), &device);
+        let mut x = model.invertible_adapters.enter(x + embedding_as(&model.wpe, places, dtype));
+        let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), seq, None, &device);
         for (at, block) in model.h.iter().enumerate() {
-            let cache = cache.as_mut().map(|c| (&mut **c, at));
-            let attended = block.attn.forward(self.norm(&block.ln_1, x.clone()), self.config.n_head, &pass, cache);
+            let normed = self.norm(&block.ln_1, x.clone());
+            let attended = block.attn.forward(normed, self.config.n_head, &pass, at, cache.as_deref_mut());
             x = block.attention_adapters.end(attended, x, None);
             let inner = block.mlp.c_fc.forward(self.norm(&block.ln_2, x.clone()));
             let output = block.mlp.c_proj.forward(activate(inner, Nonlinearity::GeluTanh));
             x = block.output_adapters.end(output, x, None);
         }
-        self.norm(&model.ln_f, x)
+        prompt.behind(self.norm(&model.ln_f, x))
+    }
+
+    /// What stands in front of each row; nothing once it is in the cache.
+    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
+        if cache.is_none_or(KvCache::is_empty) { self.transformer.prompts.prompt() } else { Prompt::default() }
     }
 
     /// Logits of hidden states: `[rows, n_embd]` to `[rows, vocab_size]`.
@@ -166,10 +176,10 @@ impl Gpt2 {
 }
 
 impl Gpt2Attention {
-    fn forward(&self, x: Tensor<3>, heads: usize, pass: &Pass, cache: Option<(&mut KvCache, usize)>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, heads: usize, pass: &Pass, block: usize, cache: Option<&mut KvCache>) -> Tensor<3> {
         let qkv = self.c_attn.forward(x).chunk(3, 2);
         let [q, k, v]: [Tensor<3>; 3] = qkv.try_into().expect("three chunks of a width that is a multiple of three");
         let (q, k, v) = (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads));
-        self.c_proj.forward(pass.attend(q, k, v, None, cache))
+        self.c_proj.forward(pass.attend(block, q, k, v, None, cache))
     }
 }

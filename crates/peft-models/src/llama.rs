@@ -7,7 +7,10 @@ use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
-use peft_core::{AdapterAware, Embedded, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm};
+use peft_core::{
+    AdapterAware, Embedded, Prompt, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear, product,
+    rms_norm,
+};
 
 use crate::attention::{KvCache, Layout, Pass, split_heads};
 use crate::config::LlamaConfig;
@@ -27,6 +30,7 @@ pub struct Llama {
 struct LlamaModel {
     embed_tokens: Embedding,
     invertible_adapters: Embedded,
+    prompts: Prompts,
     layers: Vec<LlamaLayer>,
     norm: RmsNorm,
 }
@@ -59,6 +63,16 @@ struct LlamaMlp {
 }
 
 impl LlamaConfig {
+    fn prompts(&self) -> PromptShape {
+        PromptShape {
+            width: self.hidden_size,
+            blocks: self.num_hidden_layers,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+            positions: self.max_position_embeddings,
+        }
+    }
+
     /// A model with random weights `N(0, 0.02²)`, allocated only when first used.
     pub fn init(&self, device: &Device) -> Llama {
         let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
@@ -93,6 +107,7 @@ impl LlamaConfig {
                     .with_initializer(initializer.clone())
                     .init(device),
                 invertible_adapters: Embedded::new(hidden, device),
+                prompts: Prompts::new(self.prompts(), device),
                 layers: (0..self.num_hidden_layers).map(|_| layer()).collect(),
                 norm: norm(hidden),
             },
@@ -111,22 +126,26 @@ impl Llama {
 
     /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, hidden_size]`.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
-        let config = &self.config;
-        let [_, seq] = ids.dims();
-        let past = cache.as_ref().map_or(0, |c| c.len());
-        let rope = Some((&config.rope, config.head_dim));
-        let pass = Pass::new(layout, past, seq, rope, &ids.device());
+        let (config, model, device) = (&self.config, &self.model, ids.device());
+        let prompt = self.prompt(cache.as_deref());
         // Tables may be in 16 bits, activations never.
-        let x = embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype());
-        let mut x = self.model.invertible_adapters.enter(x);
-        for (at, layer) in self.model.layers.iter().enumerate() {
-            let cache = cache.as_mut().map(|c| (&mut **c, at));
+        let x = embedding_as(&model.embed_tokens, ids, model.norm.gamma.val().dtype());
+        let mut x = prompt.before(model.invertible_adapters.enter(x));
+        let rope = Some((&config.rope, config.head_dim));
+        let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), x.dims()[1], rope, &device);
+        for (at, layer) in model.layers.iter().enumerate() {
             let normed = rms_norm(&layer.input_layernorm, x.clone());
-            x = layer.attention_adapters.end(layer.self_attn.forward(normed, config, &pass, at, cache), x, None);
+            let attended = layer.self_attn.forward(normed, config, &pass, at, cache.as_deref_mut());
+            x = layer.attention_adapters.end(attended, x, None);
             let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
             x = layer.output_adapters.end(layer.mlp.forward(normed), x, None);
         }
-        rms_norm(&self.model.norm, x)
+        prompt.behind(rms_norm(&model.norm, x))
+    }
+
+    /// What stands in front of each row; nothing once it is in the cache.
+    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
+        if cache.is_none_or(KvCache::is_empty) { self.model.prompts.prompt() } else { Prompt::default() }
     }
 
     /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.
@@ -167,7 +186,7 @@ impl LlamaAttention {
         config: &LlamaConfig,
         pass: &Pass,
         layer: usize,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let normed = |n: &Option<RmsNorm>, x: Tensor<4>| match n {
             Some(n) => rms_norm(n, x),
@@ -177,7 +196,7 @@ impl LlamaAttention {
         let q = normed(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads));
         let k = normed(&self.k_norm, split_heads(linear(&self.k_proj, x.clone()), kv_heads));
         let v = split_heads(linear(&self.v_proj, x), kv_heads);
-        let attended = pass.attend(pass.rotate(q), pass.rotate(k), v, config.sliding_window[layer], cache);
+        let attended = pass.attend(layer, pass.rotate(q), pass.rotate(k), v, config.sliding_window[layer], cache);
         linear(&self.o_proj, attended)
     }
 }
