@@ -16,7 +16,7 @@ from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 PROMPTS = TESTDATA / "prompts"
-VIRTUAL, SEQ, LENGTHS, TASKS, COLUMNS = 5, 6, (6, 3, 5), (2, 0, 1), 32
+VIRTUAL, SEQ, LENGTHS, TASKS, COLUMNS = 5, 6, (6, 3, 5), (2, 0, 1), 16
 PROMPT_LENGTHS, NEW = (4, 2), 8
 LSTM = dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=6)
 
@@ -30,7 +30,13 @@ METHODS = {
     "p_tuning_lstm_2": (PromptEncoderConfig, dict(LSTM, encoder_num_layers=2)),
     "multitask": (MultitaskPromptTuningConfig, dict(num_tasks=3, num_ranks=2)),
 }
-ADAPTION = {"adaption_prompt": dict(adapter_layers=1), "adaption_prompt_all": dict(adapter_layers=2)}
+# "base/name": the number of layers. With a bias in the output projection, and on gpt2, the formula is another.
+ADAPTION = {
+    "llama/adaption_prompt": 1,
+    "llama/adaption_prompt_all": 2,
+    "llama_bias/adaption_prompt": 2,
+    "gpt2/adaption_prompt": 2,
+}
 CAUSAL = ("llama", "qwen2", "gpt2")
 GENERATED = ("prompt_tuning", "prefix_tuning", "p_tuning_mlp")
 # Another seed where greedy decoding would come to a near tie.
@@ -184,9 +190,9 @@ def main():
     inputs = causal_inputs()
     save_file(inputs, PROMPTS / "inputs.safetensors")
     cases = [write_causal(base, name, config(name, "CAUSAL_LM"), inputs) for base in CAUSAL for name in METHODS]
-    for name, fields in ADAPTION.items():
-        adaption = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, **fields)
-        cases.append(write_causal("llama", name, adaption, inputs))
+    for name, layers in ADAPTION.items():
+        adaption = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=layers)
+        cases.append(write_causal(*name.split("/"), adaption, inputs))
     cases += [write_head(base, task, method) for base, (task, methods) in HEADS.items() for method in methods]
     write_json(PROMPTS / "cases.json", cases)
     provenance(PROMPTS, "prompts.py", "prompts/inputs")
