@@ -119,9 +119,17 @@ def causal_outputs(model, inputs, method):
     # What follows a token changes nothing for it, so logits with padding on the right need no place in the file.
     right = causal_logits(model, inputs["tokens_right"], inputs["mask_right"], **tasks)
     assert difference(right, result["logits"] * inputs["mask_right"][..., None]) < 1e-5
+    result["loss"] = loss(model, inputs["tokens_right"], inputs["mask_right"], **tasks)
     if method in GENERATED:
         result["greedy"] = greedy(model, inputs["prompt"], inputs["prompt_mask"])
     return result
+
+
+@torch.no_grad()
+def loss(model, tokens, mask, **tasks):
+    """The mean over all real tokens that something predicts: after virtual tokens also the first one of each row."""
+    labels = tokens.masked_fill(mask == 0, -100)
+    return model(input_ids=tokens, attention_mask=mask, labels=labels, **tasks).loss[None]
 
 
 def greedy(model, tokens, mask):
