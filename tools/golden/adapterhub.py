@@ -134,7 +134,7 @@ def check_again(base, load, given, expected):
 
 def report(name, base, given, result):
     plain = outputs(base_model(base), given)["hidden"]
-    moved = difference(plain, result)
+    moved = difference(plain, result[:, -plain.shape[1] :])  # without a prompt
     print(f"{name:36} moves the hidden states by {moved:.3f}")
     assert moved > 1e-2
 
