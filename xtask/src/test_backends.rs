@@ -26,7 +26,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     require: bool,
     /// Minutes that one backend may take
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 25)]
     minutes: u64,
 }
 
