@@ -18,6 +18,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
+use crate::rebuild::Adapters;
 use crate::{
     Error, LayerKind, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach,
     base_fingerprint, hf_name, map_params, scan, visit_params,
@@ -30,6 +31,11 @@ pub use self::torch::read_torch;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors' file name.
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+
+/// The file of what computes an adapter's tensors during training, and is needed to go on with it; PEFT does not look at it.
+pub const ENCODER_FILE: &str = "prompt_encoder.safetensors";
+/// What the keys of its tensors begin with among those of an adapter.
+pub const ENCODER_PREFIX: &str = "prompt_encoder.";
 
 /// `task_type` of adapters on language models.
 pub const CAUSAL_LM: &str = "CAUSAL_LM";
@@ -163,6 +169,7 @@ impl<M: Method> AdapterFile<M> {
             collector.problems.push(Problem::Other { path, what: "carries no adapter".to_owned() });
         }
         visit_params(module, &mut collector);
+        collector.compute(module, method)?;
         let Collector { tensors, problems, .. } = collector;
         if !problems.is_empty() {
             return Err(Error::Attach { method: M::PEFT_TYPE, problems });
@@ -183,9 +190,13 @@ impl<M: Method> AdapterFile<M> {
             }
         }
         let keys = Keys::<M>::new(&module, &self.method)?;
-        let mut filler = Filler { keys, tensors: self.tensors, strictness, problems: Vec::new() };
+        let mut filler = Filler { keys, tensors: self.tensors, strictness, encoded: false, problems: Vec::new() };
         let module = map_params(module, &mut filler);
-        let Filler { tensors, mut problems, .. } = filler;
+        let Filler { mut tensors, mut problems, encoded, .. } = filler;
+        if encoded {
+            // What an encoder computes is not stored twice.
+            tensors.retain(|key, _| !M::tensors(LayerKind::Prompts).iter().any(|tensor| tensor.key == key));
+        }
         if !strictness.allow_unknown {
             problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
         }
@@ -216,8 +227,16 @@ impl<M: Method> AdapterFile<M> {
         method.check()?;
         let path = dir.join(TENSOR_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let tensors = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
+        let mut tensors: BTreeMap<_, _> = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
         let base_fingerprint = fingerprint_of(&bytes, &path)?;
+        let path = dir.join(ENCODER_FILE);
+        let method = if path.is_file() {
+            let encoder = read_values(&path)?.into_iter();
+            tensors.extend(encoder.map(|(key, values)| (format!("{ENCODER_PREFIX}{key}"), values)));
+            method
+        } else {
+            method.without_encoder()
+        };
         Ok(Self { method, base_model, task_type, base_fingerprint, tensors })
     }
 
@@ -228,8 +247,10 @@ impl<M: Method> AdapterFile<M> {
     pub fn write(&self, dir: &Path) -> Result<()> {
         let config = self.config_json()?;
         let path = dir.join(TENSOR_FILE);
+        let (encoder, tensors): (Vec<_>, Vec<_>) =
+            self.tensors.iter().partition(|(key, _)| key.starts_with(ENCODER_PREFIX));
         let own = |key: &str| M::OF_MODEL && M::tensors(LayerKind::Prompts).iter().any(|tensor| tensor.key == key);
-        let prefixed = self.tensors.iter().map(|(key, values)| {
+        let prefixed = tensors.into_iter().map(|(key, values)| {
             let name = if own(key) { key.clone() } else { format!("{}{key}", Self::PREFIX) };
             (name, values)
         });
@@ -237,7 +258,13 @@ impl<M: Method> AdapterFile<M> {
         if let Some(fingerprint) = &self.base_fingerprint {
             tensors = with_fingerprint(&tensors, fingerprint, &path)?;
         }
-        write_atomically(dir, &[(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())])
+        let encoder = encoder.into_iter().map(|(key, values)| (key[ENCODER_PREFIX.len()..].to_owned(), values));
+        let encoder = write_values(encoder, &dir.join(ENCODER_FILE))?;
+        let mut files: Vec<(&str, &[u8])> = vec![(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())];
+        if self.tensors.keys().any(|key| key.starts_with(ENCODER_PREFIX)) {
+            files.push((ENCODER_FILE, &encoder));
+        }
+        write_atomically(dir, &files)
     }
 
     fn config_json(&self) -> Result<String> {
@@ -454,6 +481,28 @@ struct Collector<M> {
     problems: Vec<Problem>,
 }
 
+impl<M: Method> Collector<M> {
+    /// Adds what the adapters compute.
+    fn compute<T: Module>(&mut self, module: &T, method: &M) -> Result<()> {
+        if !M::OF_MODEL {
+            return Ok(());
+        }
+        let mut adapters = Adapters::of(module);
+        for site in scan(module).sites.iter().filter(|site| self.keys.adapted.contains(&site.path)) {
+            let adapter = adapters.take(method, site)?;
+            let Some((key, values)) = adapter.as_ref().and_then(M::computed) else { continue };
+            match values.try_into_data() {
+                Ok(data) => {
+                    let values = Values { shape: data.shape().to_vec(), values: data.iter::<f32>().collect() };
+                    self.tensors.insert(key.to_owned(), values);
+                }
+                Err(e) => self.problems.push(Problem::Other { path: key.to_owned(), what: format!("{e:?}") }),
+            }
+        }
+        Ok(())
+    }
+}
+
 impl<M: Method> ParamVisitor for Collector<M> {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let key = match self.keys.key(at, D) {
@@ -479,6 +528,8 @@ struct Filler<M> {
     keys: Keys<M>,
     tensors: BTreeMap<String, Values>,
     strictness: Strictness,
+    /// Whether something was asked for that computes a tensor of the file.
+    encoded: bool,
     problems: Vec<Problem>,
 }
 
@@ -491,6 +542,7 @@ impl<M: Method> ParamMapper for Filler<M> {
                 return param;
             }
         };
+        self.encoded |= key.name.starts_with(ENCODER_PREFIX);
         let shape: Vec<usize> = param.lazy_shape().to_vec();
         let expected = if key.transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
         let Some(found) = self.tensors.remove(&key.name) else {

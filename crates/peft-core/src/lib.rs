@@ -25,6 +25,7 @@ mod method;
 mod named;
 mod prompts;
 mod quantized;
+mod rebuild;
 mod report;
 mod site;
 mod sub_layer;

@@ -1,11 +1,11 @@
 //! Merging: the adapter folded into the weights, as a new value.
 
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+use crate::rebuild::Adapters;
 use crate::{
     Error, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, map_params, scan, visit_params,
 };
@@ -20,8 +20,8 @@ use crate::{
 pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     let module = module.valid();
     let found = scan(&module);
-    let mut parts = Parts::default();
-    visit_params(&module, &mut parts);
+    let (mut adapters, mut biases) = (Adapters::of(&module), Biases::default());
+    visit_params(&module, &mut biases);
     let (mut shifts, mut problems) = (BTreeMap::new(), Vec::new());
     for site in found.sites.iter().filter(|site| found.adapted.contains(&site.path)) {
         let mut problem = |what: &str| {
@@ -30,7 +30,7 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
         };
         if let Some(what) = method.unmergeable(site) {
             problem(&what);
-        } else if let Some(shift) = parts.shift(method, site)? {
+        } else if let Some(shift) = shift_of(method, site, &mut adapters, &biases)? {
             if !site.has_bias {
                 problem("the adapter adds a bias, and the layer has none to merge it into");
             }
@@ -42,46 +42,26 @@ pub fn merge<T: Module, M: Method>(module: T, method: &M) -> Result<T> {
     if finish.problems.is_empty() { Ok(module) } else { Err(Error::Merge { problems: finish.problems }) }
 }
 
-/// What a visit shows, by the path of the layer.
+/// What layers add to their output, by their path.
 #[derive(Default)]
-struct Parts {
-    /// What the layers add to their output.
-    biases: BTreeMap<String, Tensor<1>>,
-    /// The adapters' parameters by field.
-    fields: BTreeMap<String, Fields>,
-}
+struct Biases(BTreeMap<String, Tensor<1>>);
 
-type Fields = BTreeMap<String, Box<dyn Any>>;
-
-impl ParamVisitor for Parts {
+impl ParamVisitor for Biases {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
         let location = at.locate();
         if location.is_bias() {
-            self.biases.insert(location.module, param.base().flatten(0, D - 1));
-        } else if let Some(field) = location.field {
-            self.fields.entry(location.module).or_default().insert(field, Box::new(param.clone()));
+            self.0.insert(location.module, param.base().flatten(0, D - 1));
         }
     }
 }
 
-impl Parts {
-    /// What the adapter adds to the output of its layer besides the layer's bias.
-    fn shift<M: Method>(&mut self, method: &M, site: &Site) -> Result<Option<Tensor<1>>> {
-        let Some(mut fields) = self.fields.remove(&site.path) else { return Ok(None) };
-        if method.needs_activation(site).is_none() {
-            return Ok(None);
-        }
-        // A visitor sees an adapter's parameters and never the adapter, so a new one is made and given them.
-        let adapter = map_params(method.init(site, 0)?, &mut fields);
-        Ok(M::activation(&adapter).and_then(|adapter| adapter.shift(self.biases.get(&site.path))))
+/// What the adapter adds to the output of its layer besides the layer's bias.
+fn shift_of<M: Method>(method: &M, site: &Site, adapters: &mut Adapters, biases: &Biases) -> Result<Option<Tensor<1>>> {
+    if method.needs_activation(site).is_none() {
+        return Ok(None);
     }
-}
-
-impl ParamMapper for Fields {
-    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let given = self.remove(&at.path()).and_then(|given| given.downcast().ok());
-        given.map_or(param, |given| *given)
-    }
+    let adapter = adapters.take(method, site)?;
+    Ok(adapter.and_then(|adapter| M::activation(&adapter)?.shift(biases.0.get(&site.path))))
 }
 
 /// Adds the shifts and looks for values that are not finite.

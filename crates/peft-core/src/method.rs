@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use burn::module::Reparameterization;
+use burn::tensor::Tensor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -83,6 +84,19 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
             let (key, transposed) = listed(tensors, field)?;
             Some((format!("{several}.{number}.{key}"), transposed))
         })
+    }
+
+    /// A tensor that the file holds though it is none of the adapter's parameters, with its key: what these compute, for everybody who only uses the adapter. They go
+    /// into a file of their own then, and come from it.
+    fn computed(adapter: &Self::Adapter) -> Option<(&'static str, Tensor<2>)> {
+        let _ = adapter;
+        None
+    }
+
+    /// The method of a file without the parameters behind what is [`computed`](Self::computed).
+    #[must_use]
+    fn without_encoder(self) -> Self {
+        self
     }
 
     /// The adapter's activation form, if the method has one.

@@ -3,6 +3,7 @@
 //! - [`core`]: methods, targets, attaching, the activation seam, adapter files
 //! - [`lora`]: the low-rank methods
 //! - [`adapter`]: bottlenecks between the layers, (IA)³, SSF and their relatives
+//! - [`prompt`]: prompt tuning, prefix tuning, P-tuning
 //! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`train`]: data, the loop, checkpoints
@@ -30,6 +31,7 @@ pub use peft_adapter as adapter;
 pub use peft_core as core;
 pub use peft_lora as lora;
 pub use peft_models as models;
+pub use peft_prompt as prompt;
 pub use peft_quant as quant;
 pub use peft_train as train;
 

@@ -1,0 +1,105 @@
+//! What computes a prompt during training, so that its tokens are learned together; afterwards the prompt alone is needed.
+//!
+//! With what is learned for each token, `E: [n, in]`:
+//! - projection: `tanh(E·A + a)·B + b` (Li & Liang 2021, arXiv:2101.00190, section 4.3)
+//! - MLP: `relu(relu(E·A + a)·B + b)·C + c` (PEFT's P-tuning)
+//! - LSTM: `relu(lstm(E)·A + a)·B + b`, in both directions (Liu et al. 2021, arXiv:2103.10385, section 3.2)
+//!
+//! Fields have the names of PEFT's modules, so that its encoders could be read.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Tensor, activation};
+use peft_core::{Dense, Site, Start};
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::lstm::Lstm;
+
+/// What is between what is learned and what is used.
+#[derive(Module, Debug)]
+pub struct Encoder {
+    /// `[n, in]`
+    embedding: Param<Tensor<2>>,
+    /// Prefix tuning's layers, with a hyperbolic tangent between them.
+    transform: Vec<Dense>,
+    /// P-tuning's: reads all tokens in order.
+    lstm_head: Option<Lstm>,
+    /// P-tuning's layers, with a rectifier between them.
+    mlp_head: Vec<Dense>,
+}
+
+/// The encoder of P-tuning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EncoderKind {
+    /// Three linear layers, token by token.
+    #[default]
+    #[serde(rename = "MLP")]
+    Mlp,
+    /// A long short-term memory in both directions, then two linear layers.
+    #[serde(rename = "LSTM")]
+    Lstm,
+}
+
+impl Encoder {
+    /// That of prefix tuning: `[n, width]` through `inner` to `[n, out]`.
+    pub(crate) fn projection(site: &Site, [n, width, inner, out]: [usize; 4], rng: &mut impl Rng) -> Self {
+        let embedding = site.normal([n, width], 1.0, rng);
+        let transform = vec![dense(site, width, inner, rng), dense(site, inner, out, rng)];
+        Self { embedding, transform, lstm_head: None, mlp_head: Vec::new() }
+    }
+
+    /// Those of P-tuning: `[n, width]` through `inner` to the same.
+    pub(crate) fn tokens(
+        kind: EncoderKind,
+        site: &Site,
+        [n, width, inner, depth]: [usize; 4],
+        dropout: f64,
+        rng: &mut impl Rng,
+    ) -> Self {
+        let embedding = site.normal([n, width], 1.0, rng);
+        let (lstm_head, widths) = match kind {
+            EncoderKind::Mlp => (None, vec![width, inner, inner, width]),
+            EncoderKind::Lstm => {
+                let lstm = Lstm::new(site, [width, inner, depth], dropout, rng);
+                (Some(lstm), vec![2 * inner, 2 * inner, width])
+            }
+        };
+        let mlp_head = widths.windows(2).map(|pair| dense(site, pair[0], pair[1], rng)).collect();
+        Self { embedding, transform: Vec::new(), lstm_head, mlp_head }
+    }
+
+    /// `[n, out]`
+    pub(crate) fn forward(&self) -> Tensor<2> {
+        let x = through(&self.transform, self.embedding.val(), Tensor::tanh);
+        let x = match &self.lstm_head {
+            Some(lstm) => lstm.forward(x),
+            None => x,
+        };
+        through(&self.mlp_head, x, activation::relu)
+    }
+
+    /// PEFT's name of a field, and whether it holds the transpose there. It counts nonlinearities among the layers.
+    pub(crate) fn key(field: &str) -> Option<(String, bool)> {
+        if field == "embedding" {
+            return Some(("embedding.weight".to_owned(), false));
+        }
+        if let Some(field) = field.strip_prefix("lstm_head.") {
+            return Some((format!("lstm_head.{}", Lstm::key(field)?), false));
+        }
+        let mut parts = field.split('.');
+        let (layers, at, parameter) = (parts.next()?, parts.next()?.parse::<usize>().ok()?, parts.next()?);
+        Some((format!("{layers}.{}.{parameter}", 2 * at), parameter == "weight"))
+    }
+}
+
+fn through(layers: &[Dense], mut x: Tensor<2>, between: impl Fn(Tensor<2>) -> Tensor<2>) -> Tensor<2> {
+    for (at, layer) in layers.iter().enumerate() {
+        x = layer.forward(if at > 0 { between(x) } else { x });
+    }
+    x
+}
+
+/// A linear layer as PyTorch starts one.
+fn dense(site: &Site, d_in: usize, d_out: usize, rng: &mut impl Rng) -> Dense {
+    Dense::new(site, [d_in, d_out], Start::Kaiming, rng)
+}

@@ -1,0 +1,144 @@
+//! P-tuning: virtual tokens that an encoder makes of what is learned for each, so that they are learned together.
+//!
+//! - formula: `x = [P; embed(ids)]`, `P = encoder(E)`, see [`Encoder`]; after training `P` alone is needed, as in prompt tuning
+//! - source: Liu et al. 2021, arXiv:2103.10385, section 3
+//! - trained, of `w = width` and `e = encoder_hidden_size`: `n·w` and an MLP of `2·w·e + e² + 2·e + w`, or an LSTM and `4·e² + 2·e + 2·e·w + w`
+//! - at init: no identity
+
+use peft_core::{Activation, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{self, PromptAdapter, Use, check_count, shape_of};
+use crate::{Besides, Encoder, EncoderKind};
+
+/// Configuration of P-tuning; its JSON is Hugging Face's `adapter_config.json`.
+///
+/// ```
+/// use burn::{module::Module, tensor::Device};
+/// use peft_core::{Peft, PromptShape, Prompts};
+/// use peft_prompt::PTuningConfig;
+///
+/// #[derive(Module, Debug)]
+/// struct Model { prompts: Prompts }
+///
+/// let device = Device::flex().autodiff();
+/// let shape = PromptShape { width: 8, blocks: 3, kv_heads: 2, head_dim: 4, positions: 16 };
+/// let model = Model { prompts: Prompts::new(shape, &device) }.attach(&PTuningConfig::new(5, 16))?;
+/// assert_eq!(model.trainable().trainable, 5 * 8 + 2 * 8 * 16 + 16 * 16 + 2 * 16 + 8);
+/// assert_eq!(model.prompts.prompt().tokens(), 5);
+/// # Ok::<(), peft_core::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PTuningConfig {
+    /// Length of the prompt.
+    pub num_virtual_tokens: usize,
+    /// What computes it.
+    pub encoder_reparameterization_type: EncoderKind,
+    /// Width of the encoder [default: that of the model].
+    pub encoder_hidden_size: Option<usize>,
+    /// Layers of an LSTM.
+    pub encoder_num_layers: usize,
+    /// Probability that a value between the layers of an LSTM is dropped during training.
+    pub encoder_dropout: f64,
+    /// Where the encoder is gone: what is learned is the prompt itself.
+    #[serde(skip)]
+    pub direct: bool,
+    /// What is trained besides.
+    #[serde(rename = "modules_to_save")]
+    pub besides: Besides,
+}
+
+impl Default for PTuningConfig {
+    fn default() -> Self {
+        Self {
+            num_virtual_tokens: 20,
+            encoder_reparameterization_type: EncoderKind::default(),
+            encoder_hidden_size: None,
+            encoder_num_layers: 2,
+            encoder_dropout: 0.0,
+            direct: false,
+            besides: Besides::default(),
+        }
+    }
+}
+
+impl PTuningConfig {
+    /// A prompt of that length, from an MLP of that width.
+    pub fn new(num_virtual_tokens: usize, encoder_hidden_size: usize) -> Self {
+        Self { num_virtual_tokens, encoder_hidden_size: Some(encoder_hidden_size), ..Self::default() }
+    }
+
+    /// From an LSTM of so many layers.
+    #[must_use]
+    pub fn with_lstm(self, layers: usize) -> Self {
+        Self { encoder_reparameterization_type: EncoderKind::Lstm, encoder_num_layers: layers, ..self }
+    }
+}
+
+impl Method for PTuningConfig {
+    const PEFT_TYPE: &'static str = "P_TUNING";
+    const OF_MODEL: bool = true;
+    type Adapter = PromptAdapter;
+
+    fn targets(&self) -> &Targets {
+        self.besides.targets()
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.encoder_hidden_size == Some(0) {
+            return Err(Error::config("encoder_hidden_size", "at least 1", 0));
+        }
+        if !(1..=64).contains(&self.encoder_num_layers) {
+            return Err(Error::config("encoder_num_layers", "1 to 64", self.encoder_num_layers));
+        }
+        if !(0.0..1.0).contains(&self.encoder_dropout) {
+            return Err(Error::config("encoder_dropout", "a probability in 0..1", self.encoder_dropout));
+        }
+        check_count(self.num_virtual_tokens)
+    }
+
+    fn kinds(&self) -> &'static [LayerKind] {
+        &[LayerKind::Prompts]
+    }
+
+    fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
+        let (n, mut rng) = (self.num_virtual_tokens, site.rng(seed));
+        let width = shape_of(site, n)?.width;
+        if self.direct {
+            return Ok(PromptAdapter::direct(site.normal([n, width], 1.0, &mut rng), Use::Tokens));
+        }
+        let numbers = [n, width, self.encoder_hidden_size.unwrap_or(width), self.encoder_num_layers];
+        let kind = self.encoder_reparameterization_type;
+        let encoder = Encoder::tokens(kind, site, numbers, self.encoder_dropout, &mut rng);
+        Ok(PromptAdapter::encoded(encoder, Use::Tokens))
+    }
+
+    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
+        adapter::tensors(kind)
+    }
+
+    fn key(_kind: LayerKind, field: &str) -> Option<(String, bool)> {
+        adapter::key(field)
+    }
+
+    fn computed(adapter: &PromptAdapter) -> Option<(&'static str, burn::tensor::Tensor<2>)> {
+        adapter.computed()
+    }
+
+    fn without_encoder(self) -> Self {
+        Self { direct: true, ..self }
+    }
+
+    fn activation(adapter: &PromptAdapter) -> Option<&dyn Activation> {
+        Some(adapter)
+    }
+
+    fn needs_activation(&self, _site: &Site) -> Option<String> {
+        Some(adapter::ACTS.to_owned())
+    }
+
+    fn unmergeable(&self, _site: &Site) -> Option<String> {
+        Some(adapter::NO_WEIGHT.to_owned())
+    }
+}
