@@ -8,4 +8,5 @@ mod golden;
 mod hostile;
 mod labels;
 mod packed;
+mod prompts;
 mod training;

@@ -157,6 +157,12 @@ impl KvCache {
         self.blocks.is_empty()
     }
 
+    /// Keys and values of the one row, `[seq, 2·blocks, kv_heads, head_dim]`.
+    pub(crate) fn into_past(self) -> Tensor<4> {
+        let both = self.blocks.into_iter().flat_map(|(keys, values)| [keys, values]);
+        Tensor::cat(both.map(|x| x.swap_dims(0, 1)).collect(), 1)
+    }
+
     /// Appends the new tokens of block `at` and hands out all.
     fn extend(&mut self, at: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let joined = match self.blocks.get(at) {

@@ -53,6 +53,21 @@ impl CausalLm {
         }
     }
 
+    /// Embeddings of tokens as the model reads them, without positions: `[batch, seq]` to `[batch, seq, width]`. What a prompt may start from.
+    pub fn embed(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        match self {
+            Self::Llama(model) => model.embed(ids),
+            Self::Gpt2(model) => model.embed(ids),
+        }
+    }
+
+    /// Keys and values of a text, `[1, seq]` to `[seq, 2·blocks, kv_heads, head_dim]`: the prefix that is that text.
+    pub fn past_of(&self, ids: Tensor<2, Int>) -> Tensor<4> {
+        let mut cache = KvCache::default();
+        self.hidden(ids, Layout::Rows, Some(&mut cache));
+        cache.into_past()
+    }
+
     /// Logits of hidden states: `[rows, width]` to `[rows, vocab_size]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         match self {

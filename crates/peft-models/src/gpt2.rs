@@ -131,16 +131,15 @@ impl Gpt2 {
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let (model, device) = (&self.transformer, ids.device());
         let prompt = self.prompt(cache.as_deref());
-        // Tables may be in 16 bits, activations never.
-        let dtype = model.ln_f.gamma.val().dtype();
-        let x = prompt.before(embedding_as(&model.wte, ids, dtype));
+        let x = prompt.before(self.embed(ids));
         let seq = x.dims()[1];
         let rows = positions(layout, &prompt, cache.as_deref(), seq);
         let most = rows.iter().flatten().max().map_or(0, |last| *last as usize + 1);
         assert!(most <= self.config.n_positions, "{most} tokens, but {} positions", self.config.n_positions);
         let places: Vec<i64> = rows.iter().flatten().map(|position| i64::from(*position)).collect();
         let places = Tensor::<2, Int>::from_data(TensorData::new(places, [rows.len(), seq]), &device);
-        let mut x = model.invertible_adapters.enter(x + embedding_as(&model.wpe, places, dtype));
+        let placed = embedding_as(&model.wpe, places, x.dtype());
+        let mut x = model.invertible_adapters.enter(x + placed);
         let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), seq, None, &device);
         for (at, block) in model.h.iter().enumerate() {
             let normed = self.norm(&block.ln_1, x.clone());
@@ -151,6 +150,12 @@ impl Gpt2 {
             x = block.output_adapters.end(output, x, None);
         }
         prompt.behind(self.norm(&model.ln_f, x))
+    }
+
+    /// Embeddings of tokens, without their positions: `[batch, seq]` to `[batch, seq, n_embd]`.
+    pub fn embed(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        // Tables may be in 16 bits, activations never.
+        embedding_as(&self.transformer.wte, ids, self.transformer.ln_f.gamma.val().dtype())
     }
 
     /// What stands in front of each row; nothing once it is in the cache.

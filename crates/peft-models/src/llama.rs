@@ -128,9 +128,7 @@ impl Llama {
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let (config, model, device) = (&self.config, &self.model, ids.device());
         let prompt = self.prompt(cache.as_deref());
-        // Tables may be in 16 bits, activations never.
-        let x = embedding_as(&model.embed_tokens, ids, model.norm.gamma.val().dtype());
-        let mut x = prompt.before(model.invertible_adapters.enter(x));
+        let mut x = prompt.before(model.invertible_adapters.enter(self.embed(ids)));
         let rope = Some((&config.rope, config.head_dim));
         let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), x.dims()[1], rope, &device);
         for (at, layer) in model.layers.iter().enumerate() {
@@ -141,6 +139,12 @@ impl Llama {
             x = layer.output_adapters.end(layer.mlp.forward(normed), x, None);
         }
         prompt.behind(rms_norm(&model.norm, x))
+    }
+
+    /// Embeddings of tokens: `[batch, seq]` to `[batch, seq, hidden_size]`.
+    pub fn embed(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        // Tables may be in 16 bits, activations never.
+        embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype())
     }
 
     /// What stands in front of each row; nothing once it is in the cache.

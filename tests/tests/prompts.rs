@@ -1,0 +1,226 @@
+//! Prompt methods: equality with PEFT, files both ways, encoders, what a prefix is.
+
+use std::path::Path;
+
+use burn::module::Module as _;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::files::{ENCODER_FILE, peft_type, read_values, write_values};
+use peft_core::{AdapterFile, Error, Method, Peft as _, Problem, load_adapter, save_adapter};
+use peft_models::{CausalLm, Sampling, generate};
+use peft_prompt::{PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptTuningConfig, start_at};
+use serde::Deserialize;
+
+use crate::golden::{BOUND, deviation, floats, ints, model, testdata};
+
+#[derive(Deserialize)]
+struct Case {
+    path: String,
+    base: String,
+}
+
+/// The folders of adapters on decoders whose method is one of these.
+fn cases(of: &[&str]) -> Vec<Case> {
+    let cases: Vec<Case> =
+        serde_json::from_str(&std::fs::read_to_string(testdata().join("prompts/cases.json")).unwrap()).unwrap();
+    let wanted = |case: &Case| of.contains(&peft_type(&testdata().join(&case.path)).unwrap().as_str());
+    cases.into_iter().filter(|case| case.base.starts_with("models/") && wanted(case)).collect()
+}
+
+fn base(case: &Case) -> CausalLm {
+    model(case.base.strip_prefix("models/").unwrap())
+}
+
+/// The first 16 columns of the logits of the tokens that all cases share.
+fn logits(model: &CausalLm) -> Vec<f32> {
+    let (shape, tokens) = ints(&testdata().join("prompts/inputs.safetensors"), "tokens");
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(tokens, shape), &Device::flex());
+    model.forward(ids).narrow(2, 0, 16).into_data().iter::<f32>().collect()
+}
+
+/// Loads the adapter, compares, writes it again and compares the files.
+fn hold<M: Method>(case: &Case) {
+    let dir = testdata().join(&case.path);
+    let (model, method) = load_adapter::<_, M>(base(case), &dir).unwrap();
+    let found = deviation(&logits(&model), &floats(&dir.join("logits.safetensors"), "logits"));
+    assert!(found < BOUND, "{}: {found}", case.path);
+    let out = tempfile::tempdir().unwrap();
+    save_adapter(&model, &method, None, out.path()).unwrap();
+    let tensors = |dir: &Path| read_values(&dir.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(tensors(out.path()), tensors(&dir), "{}", case.path);
+    assert!(!out.path().join(ENCODER_FILE).exists());
+}
+
+#[test]
+fn prompts_of_peft_give_its_logits_and_go_back() {
+    let mut seen = 0;
+    for case in cases(&["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"]) {
+        match peft_type(&testdata().join(&case.path)).unwrap().as_str() {
+            "PROMPT_TUNING" => hold::<PromptTuningConfig>(&case),
+            "PREFIX_TUNING" => hold::<PrefixTuningConfig>(&case),
+            _ => hold::<PTuningConfig>(&case),
+        }
+        seen += 1;
+    }
+    assert_eq!(seen, 18, "a golden prompt is missing");
+}
+
+/// The text that PEFT generates, token by token behind a cache that holds the prompt.
+#[test]
+fn generation_continues_behind_a_prompt_as_in_peft() {
+    let inputs = testdata().join("prompts/inputs.safetensors");
+    let ((shape, prompts), (_, mask)) = (ints(&inputs, "prompt"), ints(&inputs, "prompt_mask"));
+    // A row without padding is that row alone, in whatever way a method counts.
+    let row = mask.chunks(shape[1]).position(|row| row.iter().all(|seen| *seen == 1)).unwrap();
+    let prompt: Vec<u32> = prompts[row * shape[1]..][..shape[1]].iter().map(|id| *id as u32).collect();
+    let mut seen = 0;
+    for case in cases(&["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"]) {
+        let golden = testdata().join(&case.path).join("logits.safetensors");
+        if !read_names(&golden).contains(&"greedy".to_owned()) {
+            continue;
+        }
+        let dir = testdata().join(&case.path);
+        let model = match peft_type(&dir).unwrap().as_str() {
+            "PROMPT_TUNING" => load_adapter::<_, PromptTuningConfig>(base(&case), &dir).unwrap().0,
+            "PREFIX_TUNING" => load_adapter::<_, PrefixTuningConfig>(base(&case), &dir).unwrap().0,
+            _ => load_adapter::<_, PTuningConfig>(base(&case), &dir).unwrap().0,
+        };
+        let found = generate(&model, &prompt, 8, Sampling::default(), &[], &Device::flex(), |_| true).unwrap();
+        let (shape, expected) = ints(&golden, "greedy");
+        let expected: Vec<u32> = expected[row * shape[1]..][..shape[1]].iter().map(|id| *id as u32).collect();
+        assert_eq!(found, expected, "{}", case.path);
+        seen += 1;
+    }
+    assert!(seen >= 9, "{seen} golden generations");
+}
+
+fn read_names(path: &Path) -> Vec<String> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.names().into_iter().map(str::to_owned).collect()
+}
+
+/// PEFT's encoders compute here what PEFT saved of them: LSTM in both directions, MLP, projection. They are kept beside the adapter, for training to go on.
+#[test]
+fn encoders_of_peft_compute_its_prompts() {
+    let mut seen = 0;
+    for case in cases(&["PREFIX_TUNING", "P_TUNING"]) {
+        let dir = testdata().join(&case.path);
+        if dir.join("encoder.safetensors").is_file() {
+            match peft_type(&dir).unwrap().as_str() {
+                "PREFIX_TUNING" => encoded::<PrefixTuningConfig>(&case),
+                _ => encoded::<PTuningConfig>(&case),
+            }
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 5, "a golden encoder is missing");
+}
+
+fn encoded<M: Method<Adapter = PromptAdapter>>(case: &Case) {
+    let (from, dir) = (testdata().join(&case.path), tempfile::tempdir().unwrap());
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(from.join(name), dir.path().join(name)).unwrap();
+    }
+    std::fs::copy(from.join("encoder.safetensors"), dir.path().join(ENCODER_FILE)).unwrap();
+    let (model, method) = load_adapter::<_, M>(base(case), dir.path()).unwrap();
+    let found = deviation(&logits(&model), &floats(&from.join("logits.safetensors"), "logits"));
+    assert!(found < BOUND, "{}: {found}", case.path);
+    // All of it is written again, and what the encoder computes is what was stored.
+    let out = tempfile::tempdir().unwrap();
+    save_adapter(&model, &method, None, out.path()).unwrap();
+    let read = |dir: &Path, name: &str| read_values(&dir.join(name)).unwrap();
+    assert_eq!(read(out.path(), ENCODER_FILE), read(dir.path(), ENCODER_FILE), "{}", case.path);
+    let prompt = |dir: &Path| read(dir, "adapter_model.safetensors")["prompt_embeddings"].values.clone();
+    assert!(deviation(&prompt(out.path()), &prompt(&from)) < 1e-5, "{}", case.path);
+}
+
+/// Values of a fixed prefix are keys and values of a text: the model then says what it says behind that text.
+#[test]
+fn a_prefix_of_a_text_is_that_text() {
+    for name in ["llama", "qwen2", "gpt2"] {
+        let base = model(name);
+        let device = Device::flex();
+        let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &device);
+        let (text, rest) = ([5, 9, 2, 7], [3, 1, 8]);
+        let whole = base.forward(ids(&[&text[..], &rest[..]].concat())).narrow(1, text.len(), rest.len());
+        let prefix = base.past_of(ids(&text));
+        let values: Vec<f32> = prefix.into_data().iter::<f32>().collect();
+        let model = start_at(base, &PrefixTuningConfig::new(text.len()), &values, 0).unwrap();
+        let found = deviation(
+            &model.forward(ids(&rest)).into_data().iter::<f32>().collect::<Vec<_>>(),
+            &whole.into_data().iter::<f32>().collect::<Vec<_>>(),
+        );
+        assert!(found < 1e-5, "{name}: {found}");
+    }
+}
+
+/// Virtual tokens with the embeddings of a text are that text.
+#[test]
+fn a_prompt_of_a_text_is_that_text() {
+    for name in ["llama", "gpt2"] {
+        let base = model(name);
+        let device = Device::flex();
+        let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &device);
+        let (text, rest) = ([5, 9, 2], [3, 1, 8, 4]);
+        let whole = base.forward(ids(&[&text[..], &rest[..]].concat())).narrow(1, text.len(), rest.len());
+        let values: Vec<f32> = base.embed(ids(&text)).into_data().iter::<f32>().collect();
+        let model = start_at(base, &PromptTuningConfig::new(text.len()), &values, 0).unwrap();
+        let found = deviation(
+            &model.forward(ids(&rest)).into_data().iter::<f32>().collect::<Vec<_>>(),
+            &whole.into_data().iter::<f32>().collect::<Vec<_>>(),
+        );
+        assert!(found < 1e-5, "{name}: {found}");
+    }
+}
+
+/// Only what the method trains has gradients, in the number that its documentation gives.
+#[test]
+fn the_prompt_alone_is_trained() {
+    let base = || model("llama").train();
+    let ids = Tensor::<2, Int>::zeros([1, 1], &Device::flex().autodiff());
+    let (width, blocks) = (base().embed(ids).dims()[2], base().config().num_layers());
+    let trained = |model: CausalLm| model.trainable().trainable;
+    assert_eq!(trained(base().attach(&PromptTuningConfig::new(7)).unwrap()), 7 * width);
+    let prefix = trained(base().attach(&PrefixTuningConfig::new(7)).unwrap());
+    let kv = prefix / (2 * 7 * blocks);
+    assert_eq!(prefix, 2 * 7 * blocks * kv);
+    let e = 5;
+    let projected = trained(base().attach(&PrefixTuningConfig::new(7).with_projection(e)).unwrap());
+    assert_eq!(projected, 7 * kv + kv * e + e + 2 * blocks * kv * (e + 1));
+    let mlp = trained(base().attach(&PTuningConfig::new(7, e)).unwrap());
+    assert_eq!(mlp, 7 * width + 2 * width * e + e * e + 2 * e + width);
+    let lstm = trained(base().attach(&PTuningConfig::new(7, e).with_lstm(1)).unwrap());
+    let memory = 8 * (e * width + e * e + 2 * e);
+    assert_eq!(lstm, 7 * width + memory + 4 * e * e + 2 * e + 2 * e * width + width);
+}
+
+#[test]
+fn prompts_that_do_not_fit_are_refused() {
+    let refused = |error: Error, with: &str| assert!(error.to_string().contains(with), "{error}");
+    let base = || model("gpt2");
+    refused(base().attach(&PromptTuningConfig::new(0)).unwrap_err(), "num_virtual_tokens");
+    refused(base().attach(&PrefixTuningConfig::new(100_000)).unwrap_err(), "positions of the model");
+    refused(start_at(base(), &PromptTuningConfig::new(2), &[0.0; 3], 0).unwrap_err(), "num_virtual_tokens");
+    refused(start_at(base(), &PTuningConfig::new(2, 4), &[0.0; 3], 0).unwrap_err(), "encoder");
+    // A prompt for a model of another width.
+    let dir = testdata().join("prompts/llama/prompt_tuning");
+    let mut file = AdapterFile::<PromptTuningConfig>::read(&dir).unwrap();
+    let wrong = tempfile::tempdir().unwrap();
+    let values = file.tensors.get_mut("prompt_embeddings").unwrap();
+    values.shape[1] /= 2;
+    values.values.truncate(values.shape[0] * values.shape[1]);
+    file.write(wrong.path()).unwrap();
+    match load_adapter::<_, PromptTuningConfig>(model("llama"), wrong.path()) {
+        Err(Error::Tensors { problems, .. }) => {
+            assert!(matches!(&problems[..], [Problem::Shape { .. }]), "{problems:?}");
+        }
+        other => panic!("expected a wrong shape, found {:?}", other.map(|_| ())),
+    }
+    // A hidden file of nonsense beside an adapter is not mistaken for its encoder.
+    let dir = tempfile::tempdir().unwrap();
+    let (model, method) = (base().attach(&PTuningConfig::new(2, 4)).unwrap(), PTuningConfig::new(2, 4));
+    save_adapter(&model, &method, None, dir.path()).unwrap();
+    let empty = write_values([], &dir.path().join(ENCODER_FILE)).unwrap();
+    std::fs::write(dir.path().join(ENCODER_FILE), empty).unwrap();
+    refused(load_adapter::<_, PTuningConfig>(base(), dir.path()).unwrap_err(), "prompt_encoder.");
+}
