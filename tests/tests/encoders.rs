@@ -50,7 +50,7 @@ fn load_dir(dir: &Path, options: &EncoderOptions) -> PretrainedEncoder {
     PretrainedEncoder::load_with(&ModelSource::Dir(dir.to_owned()), options, &Device::flex()).unwrap()
 }
 
-fn encoder(name: &str) -> Encoder {
+pub(crate) fn encoder(name: &str) -> Encoder {
     load_dir(&dir(name), &EncoderOptions::default()).model
 }
 
@@ -59,7 +59,7 @@ fn matrix(rows: usize, values: Vec<i64>) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [rows, columns]), &Device::flex())
 }
 
-fn text(name: &str, masked: bool) -> Text {
+pub(crate) fn text(name: &str, masked: bool) -> Text {
     let values = |key| matrix(2, ints(&golden(name), key).1);
     Text {
         ids: values("tokens"),
@@ -79,7 +79,7 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
 }
 
 /// The values at real places: all, where there is one place a row.
-fn real(values: &[f32], masked: bool) -> Vec<f32> {
+pub(crate) fn real(values: &[f32], masked: bool) -> Vec<f32> {
     let width = values.len() / (2 * SEQ);
     let padded = masked && values.len().is_multiple_of(2 * SEQ) && width > 0;
     values[..values.len() - if padded { PADDED * width } else { 0 }].to_vec()

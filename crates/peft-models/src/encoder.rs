@@ -10,10 +10,10 @@ mod vision;
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Tensor};
-use peft_core::{AdapterAware, Embedded, Named, linear};
+use peft_core::{AdapterAware, Embedded, Named, Prompt, PromptShape, Prompts, linear};
 
 pub use self::block::Naming;
-use self::block::{Block, new_norm, norm};
+use self::block::{Block, Seen, new_norm, norm};
 pub use self::text::Text;
 use self::text::TextEmbeddings;
 use self::vision::PatchEmbeddings;
@@ -46,6 +46,8 @@ struct Body {
     embeddings: Embeddings,
     /// Behind the embeddings of texts alone: images have no language.
     invertible_adapters: Option<Embedded>,
+    /// In front of texts alone.
+    prompts: Option<Prompts>,
     layers: Named<Vec<Block>>,
     /// After the last block, where blocks norm first.
     norm: Option<Named<LayerNorm>>,
@@ -60,6 +62,17 @@ enum Embeddings {
 }
 
 impl EncoderConfig {
+    /// What prompts of a text encoder are like.
+    fn prompts(&self) -> Option<PromptShape> {
+        Some(PromptShape {
+            width: self.hidden_size,
+            blocks: self.num_hidden_layers,
+            kv_heads: self.num_attention_heads,
+            head_dim: self.hidden_size / self.num_attention_heads,
+            positions: self.max_tokens()?,
+        })
+    }
+
     /// An encoder with random weights `N(0, 0.02²)`, allocated only when first used, under the names of files. Those of the head and the pooler, which a checkpoint may lack, depend on
     /// `seed` and path alone.
     pub fn init(&self, seed: u64, device: &Device) -> Encoder {
@@ -85,6 +98,7 @@ impl EncoderConfig {
         let body = Body {
             embeddings,
             invertible_adapters: text.then(|| Embedded::new(self.hidden_size, device)),
+            prompts: self.prompts().map(|shape| Prompts::new(shape, device)),
             layers: Named::new(names.layers, (0..self.num_hidden_layers).map(|_| block()).collect()),
             norm: self.family.norms_first().then(|| new_norm("layernorm", self, device)),
             pooler: pooled.then(|| Named::new("pooler.dense", pooler())),
@@ -132,26 +146,47 @@ impl Encoder {
     /// # Panics
     /// When [`check`](Self::check) fails.
     pub fn hidden(&self, input: &Input) -> Tensor<3> {
+        self.checked(input);
+        self.read(input).0
+    }
+
+    fn checked(&self, input: &Input) {
         if let Err(error) = self.check(input) {
             panic!("{error}");
         }
-        let (mut x, segments) = match (&self.body.embeddings, input, &self.config.input) {
+    }
+
+    /// What is learned in front of each row.
+    pub fn prompt(&self) -> Prompt {
+        self.body.prompts.as_ref().map_or_else(Prompt::default, Prompts::prompt)
+    }
+
+    /// The hidden states, and what a head for a text or an image as a whole reads: the state of the first token, be it virtual.
+    fn read(&self, input: &Input) -> (Tensor<3>, Tensor<3>) {
+        let mut seen = Seen { segments: None, prompt: self.prompt() };
+        let (mut x, input) = match (&self.body.embeddings, input, &self.config.input) {
             (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {
-                (table.forward(text, &self.config, *pad_token_id), text.segments())
+                let x = table.forward(text, &seen.prompt, &self.config, *pad_token_id);
+                let text = text.behind(seen.prompt.tokens(), *pad_token_id);
+                seen.segments = text.segments();
+                (x, Input::Text(text))
             }
-            (Embeddings::Patches(patches), Input::Pixels(pixels), _) => (patches.forward(pixels.clone()), None),
+            (Embeddings::Patches(patches), Input::Pixels(pixels), _) => {
+                (patches.forward(pixels.clone()), input.clone())
+            }
             _ => unreachable!("checked above"),
         };
         if let Some(place) = &self.body.invertible_adapters {
             x = place.enter(x);
         }
-        for block in self.body.layers.iter() {
-            x = block.forward(x, &self.config, segments.as_ref());
+        for (at, block) in self.body.layers.iter().enumerate() {
+            x = block.forward(x, &self.config, &seen, at);
         }
-        match &self.body.norm {
-            Some(of) => norm(of, x, self.config.layer_norm_eps),
-            None => x,
+        if let Some(of) = &self.body.norm {
+            x = norm(of, x, self.config.layer_norm_eps);
         }
+        let first = first(x.clone(), &input);
+        (seen.prompt.behind(x), first)
     }
 
     /// What the task asks for.
@@ -164,16 +199,17 @@ impl Encoder {
     /// As [`hidden`](Self::hidden).
     pub fn forward(&self, input: &Input) -> Tensor<3> {
         let Some(head) = &self.head else { return self.embedding(input).unsqueeze_dim(1) };
-        let hidden = self.hidden(input);
+        self.checked(input);
+        let (hidden, first) = self.read(input);
         let features = match (&self.config.task, self.config.family) {
-            (Task::Classification { .. }, family) if head.reads_first(family) => first(hidden, input),
-            (Task::Classification { .. }, Family::Bert) => self.pool(hidden, input),
+            (Task::Classification { .. }, family) if head.reads_first(family) => first,
+            (Task::Classification { .. }, Family::Bert) => self.pool(first),
             (Task::Classification { .. }, Family::Dinov2) => {
                 let patches = hidden.dims()[1] - 1;
                 let mean = hidden.clone().narrow(1, 1, patches).mean_dim(1);
-                Tensor::cat(vec![hidden.narrow(1, 0, 1), mean], 2)
+                Tensor::cat(vec![first, mean], 2)
             }
-            (Task::Classification { .. }, _) => first(hidden, input),
+            (Task::Classification { .. }, _) => first,
             _ => hidden,
         };
         head.forward(features, self.config.family)
@@ -197,7 +233,7 @@ impl Encoder {
 
     /// The pooler's output for hidden states: `tanh(dense(h₀))`, `[batch, hidden_size]`; `None` for a model without one.
     pub fn pooled(&self, hidden: Tensor<3>, input: &Input) -> Option<Tensor<2>> {
-        self.body.pooler.as_ref().map(|_| self.pool(hidden, input).squeeze_dim(1))
+        self.body.pooler.as_ref().map(|_| self.pool(first(hidden, input)).squeeze_dim(1))
     }
 
     /// Whether the model can read `input`.
@@ -209,7 +245,9 @@ impl Encoder {
         match (&self.config.input, input) {
             (InputConfig::Text { .. }, Input::Text(text)) => {
                 let dims @ [_, seq] = text.ids.dims();
-                let most = self.config.max_tokens().unwrap_or_default();
+                let prompt = self.prompt();
+                let learned = prompt.tokens() + prompt.past_tokens();
+                let most = self.config.max_tokens().unwrap_or_default().saturating_sub(learned);
                 if !(1..=most).contains(&seq) {
                     return refuse(format!("1 to {most} tokens a row"), format!("{seq}; cut the text"));
                 }
@@ -233,9 +271,8 @@ impl Encoder {
         }
     }
 
-    /// `[batch, 1, hidden]`
-    fn pool(&self, hidden: Tensor<3>, input: &Input) -> Tensor<3> {
-        let first = first(hidden, input);
+    /// `[batch, 1, hidden]` to the same.
+    fn pool(&self, first: Tensor<3>) -> Tensor<3> {
         match &self.body.pooler {
             Some(pooler) => linear(pooler, first).tanh(),
             None => first,

@@ -8,7 +8,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Sight, activate, attention};
-use peft_core::{Named, SubLayer, layer_norm, linear};
+use peft_core::{Named, Prompt, SubLayer, layer_norm, linear};
 
 use crate::attention::split_heads;
 use crate::config::{EncoderConfig, Family};
@@ -132,6 +132,15 @@ struct LayerScale {
     lambda1: Param<Tensor<1>>,
 }
 
+/// What the tokens of a pass see besides each other.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    /// `[batch, seq]`: tokens of different ones do not see each other.
+    pub(crate) segments: Option<Tensor<2, Int>>,
+    /// What is learned in front of each row.
+    pub(crate) prompt: Prompt,
+}
+
 impl Block {
     pub(crate) fn new(config: &EncoderConfig, names: &Names, device: &Device) -> Self {
         let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
@@ -172,9 +181,9 @@ impl Block {
         }
     }
 
-    /// `x`: `[batch, seq, hidden]`; `segments`: `[batch, seq]`, tokens of different ones do not see each other.
-    pub(crate) fn forward(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
-        let attended = self.attend(start(x.clone(), &self.attention_norm, config), config, segments);
+    /// `x`: `[batch, seq, hidden]`; `at`: which block this is.
+    pub(crate) fn forward(&self, x: Tensor<3>, config: &EncoderConfig, seen: &Seen, at: usize) -> Tensor<3> {
+        let attended = self.attend(start(x.clone(), &self.attention_norm, config), config, seen, at);
         let attended = scaled(attended, self.layer_scale1.as_ref());
         let x = finish(&self.attention_adapters, attended, x, &self.attention_norm, config);
         let inner = activate(linear(&self.up, start(x.clone(), &self.mlp_norm, config)), config.activation);
@@ -183,11 +192,13 @@ impl Block {
         finish(&self.output_adapters, output, x, &self.mlp_norm, config)
     }
 
-    fn attend(&self, x: Tensor<3>, config: &EncoderConfig, segments: Option<&Tensor<2, Int>>) -> Tensor<3> {
+    fn attend(&self, x: Tensor<3>, config: &EncoderConfig, seen: &Seen, at: usize) -> Tensor<3> {
         let project = |layer: &Linear| split_heads(linear(layer, x.clone()), config.num_attention_heads);
         let (q, k, v) = (project(&self.query), project(&self.key), project(&self.value));
+        let (k, v) = seen.prompt.past(at, k, v);
         let scale = (q.dims()[3] as f64).sqrt().recip();
-        let attended = attention(q, k, v, segments.cloned(), Sight::default(), scale);
+        let sight = Sight { prefix: seen.prompt.past_tokens(), ..Sight::default() };
+        let attended = attention(q, k, v, seen.segments.clone(), sight, scale);
         linear(&self.output, attended.flatten(2, 3))
     }
 }

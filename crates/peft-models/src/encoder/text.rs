@@ -3,7 +3,7 @@
 use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::{Named, embedding_as};
+use peft_core::{Named, Prompt, embedding_as};
 
 use super::block::{new_norm, norm};
 use crate::config::{EncoderConfig, Family};
@@ -23,6 +23,23 @@ impl Text {
     /// Rows of one length, without padding and pairs.
     pub fn new(ids: Tensor<2, Int>) -> Self {
         Self { ids, mask: None, types: None }
+    }
+
+    /// The same behind `n` virtual tokens, which are read, belong to the first text of a pair, and have an id that is not that of `padding`.
+    pub(crate) fn behind(&self, n: usize, padding: usize) -> Self {
+        if n == 0 {
+            return self.clone();
+        }
+        let with = |of: &Tensor<2, Int>, value: i64| {
+            let [batch, _] = of.dims();
+            Tensor::cat(vec![Tensor::full([batch, n], value, &of.device()), of.clone()], 1)
+        };
+        let (mask, types) = (self.mask.as_ref(), self.types.as_ref());
+        Self {
+            ids: with(&self.ids, padding as i64 + 1),
+            mask: mask.map(|mask| with(mask, 1)),
+            types: types.map(|types| with(types, 0)),
+        }
     }
 
     /// `[batch, seq]`: padding is a sequence of its own, which no real token sees.
@@ -73,13 +90,15 @@ impl TextEmbeddings {
         }
     }
 
-    /// `[batch, seq]` to `[batch, seq, hidden]`
-    pub(crate) fn forward(&self, text: &Text, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
+    /// `[batch, seq]` to `[batch, n + seq, hidden]`, `n` virtual tokens first.
+    pub(crate) fn forward(&self, text: &Text, prompt: &Prompt, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
         // Tables may be in 16 bits, activations never.
         let dtype = self.norm.gamma.val().dtype();
-        let positions = positions(text, (config.family == Family::Roberta).then_some(pad_id as i64));
-        let mut x = embedding_as(&self.word_embeddings, text.ids.clone(), dtype)
-            + embedding_as(&self.position_embeddings, positions, dtype);
+        let words = prompt.before(embedding_as(&self.word_embeddings, text.ids.clone(), dtype));
+        let text = &text.behind(prompt.tokens(), pad_id);
+        let padding = (config.family == Family::Roberta).then_some(pad_id as i64);
+        let positions = positions(text, padding, prompt.past_tokens() as i64);
+        let mut x = words + embedding_as(&self.position_embeddings, positions, dtype);
         if let Some(table) = &self.token_type_embeddings {
             let types = match &text.types {
                 // RoBERTa's table has one row: there is nothing to choose.
@@ -92,24 +111,24 @@ impl TextEmbeddings {
     }
 }
 
-/// The place of each token among the real ones of its row, so that padding on the left changes nothing: `[1 or batch, seq]`.
+/// The place of each token among the real ones of its row, behind `past` learned keys, so that padding on the left changes nothing: `[1 or batch, seq]`.
 ///
 /// RoBERTa counts from the row after that of `padding`, whose tokens are not counted, masked or not.
-fn positions(text: &Text, padding: Option<i64>) -> Tensor<2, Int> {
+fn positions(text: &Text, padding: Option<i64>, past: i64) -> Tensor<2, Int> {
     let [_, seq] = text.ids.dims();
     match (&text.mask, padding) {
         (None, None) => {
-            let positions: Vec<i64> = (0..seq as i64).collect();
+            let positions: Vec<i64> = (past..past + seq as i64).collect();
             Tensor::from_data(TensorData::new(positions, [1, seq]), &text.ids.device())
         }
-        (Some(mask), None) => (mask.clone().cumsum(1) - 1).clamp_min(0),
+        (Some(mask), None) => (mask.clone().cumsum(1) - 1).clamp_min(0) + past,
         (mask, Some(padding)) => {
             let real = text.ids.clone().not_equal_elem(padding).int();
             let real = match mask {
                 Some(mask) => real * mask.clone(),
                 None => real,
             };
-            real.clone().cumsum(1) * real + padding
+            (real.clone().cumsum(1) + past) * real + padding
         }
     }
 }
