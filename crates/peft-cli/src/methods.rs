@@ -1,6 +1,7 @@
 //! The methods that the command line offers by name. This table is the only place that lists them.
 
 mod configure;
+mod prompts;
 mod whole;
 
 use std::fmt::Debug;
@@ -15,8 +16,10 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
+use peft_prompt::{PTuningConfig, PrefixTuningConfig, PromptTuningConfig};
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
+use prompts::{p_tuning, prefix, prompt};
 use whole::Whole;
 
 use crate::model::FrozenType;
@@ -127,6 +130,42 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<BottleneckConfig>(PhantomData)),
     },
     Entry {
+        name: "prompt",
+        about: "virtual tokens in front of the input (Lester et al. 2021, arXiv:2104.08691)",
+        formula: "x = [P; embed(ids)]",
+        parameters: "in all: tokens · width",
+        learning_rate: 1e-2,
+        build: |settings| Ok(Box::new(prompt(settings)?)),
+        files: Some(&FilesOf::<PromptTuningConfig>(PhantomData)),
+    },
+    Entry {
+        name: "prefix",
+        about: "keys and values in front of those of every block (Li & Liang 2021, arXiv:2101.00190)",
+        formula: "o = attention(q, [P; k], [P'; v])",
+        parameters: "in all: 2 · tokens · blocks · kv_width",
+        learning_rate: 5e-3,
+        build: |settings| Ok(Box::new(prefix(settings, "prefix")?)),
+        files: Some(&FilesOf::<PrefixTuningConfig>(PhantomData)),
+    },
+    Entry {
+        name: "p-tuning",
+        about: "virtual tokens that an encoder makes during training (Liu et al. 2021, arXiv:2103.10385)",
+        formula: "x = [encoder(E); embed(ids)]",
+        parameters: "in all: tokens · width, and the encoder's",
+        learning_rate: 1e-3,
+        build: |settings| Ok(Box::new(p_tuning(settings)?)),
+        files: Some(&FilesOf::<PTuningConfig>(PhantomData)),
+    },
+    Entry {
+        name: "p-tuning-v2",
+        about: "prefix, by its name for understanding (Liu et al. 2022, arXiv:2110.07602)",
+        formula: "o = attention(q, [P; k], [P'; v])",
+        parameters: "in all: 2 · tokens · blocks · kv_width",
+        learning_rate: 5e-3,
+        build: |settings| Ok(Box::new(prefix(settings, "p-tuning-v2")?)),
+        files: Some(&FilesOf::<PrefixTuningConfig>(PhantomData)),
+    },
+    Entry {
         name: "full",
         about: "every parameter; the result is a model, not an adapter",
         formula: "y = x·W' + b'",
@@ -151,6 +190,11 @@ pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
     /// Which layers it adapts; nothing for what makes no adapter.
     fn targets(&self) -> Option<&Targets>;
 
+    /// Whether it puts tokens in front of a row, so that a row can be one sequence only.
+    fn reads_ahead(&self) -> bool {
+        false
+    }
+
     /// In which form the model must be loaded for [`attach`](Adapts::attach), given what the user asked for.
     fn packing(&self, asked: Packing) -> Packing {
         asked
@@ -159,11 +203,11 @@ pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
 
 /// What a configured method does to a model of type `T`.
 pub trait Adapts<T> {
-    /// Freezes the model and attaches the adapter.
+    /// Freezes the model and attaches the adapter; `files` are those of the model.
     ///
     /// # Errors
     /// See [`attach`].
-    fn attach(&self, model: T, seed: u64) -> Result<T>;
+    fn attach(&self, model: T, files: &ModelFiles, seed: u64) -> Result<T>;
 
     /// How what is trained of `model` is saved; `files` are those of the model, with its task.
     ///
@@ -179,7 +223,7 @@ impl<M: Method> Adaptation for M {
 }
 
 impl<T: Module, M: Method> Adapts<T> for M {
-    fn attach(&self, model: T, seed: u64) -> Result<T> {
+    fn attach(&self, model: T, _files: &ModelFiles, seed: u64) -> Result<T> {
         Ok(attach(model, self, seed)?)
     }
 
@@ -253,7 +297,7 @@ struct LoftQ {
 }
 
 impl<T: Module> Adapts<T> for LoftQ {
-    fn attach(&self, model: T, seed: u64) -> Result<T> {
+    fn attach(&self, model: T, _files: &ModelFiles, seed: u64) -> Result<T> {
         let matcher = self.lora.targets.matcher()?;
         let rank_of = |site: &Site| {
             matcher.matches(&site.path, Some(site.kind)).then(|| self.lora.rank_of(&site.path)).transpose()

@@ -36,7 +36,7 @@ impl<'a> Reading<'a> {
     /// # Errors
     /// When the model does not take samples of that length.
     pub fn new(pretrained: &'a Pretrained, max_len: Option<usize>) -> Result<Self> {
-        let longest = pretrained.model.config().max_positions();
+        let longest = pretrained.model.max_tokens();
         let max_len = max_len.unwrap_or(MAX_LEN.min(longest));
         if max_len > longest {
             let what = format!("--max-len {max_len}: {} takes at most {longest} tokens", pretrained.files.name);

@@ -8,6 +8,7 @@ use clap::{ArgMatches, Args as _, Command, ValueEnum};
 use peft_core::files::write_atomically;
 use peft_core::{Bias, OneOrMany};
 use peft_lora::InitWeights;
+use peft_prompt::EncoderKind;
 use peft_train::data::TaskKind;
 use peft_train::{Schedule, TrainConfig};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -80,6 +81,24 @@ pub struct Settings {
     /// Bottlenecks: an invertible adapter behind the embeddings besides (MAD-X), of half the model's width over X
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub inv_adapter: Option<f64>,
+    /// Prompt methods: length of the prompt [default: 20]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub num_virtual_tokens: Option<usize>,
+    /// prompt, prefix: start from this text, cut or repeated to the length [default: from random tokens of the model]
+    #[arg(long, help_heading = "Method", value_name = "TEXT")]
+    pub prompt_text: Option<String>,
+    /// prefix: an encoder computes the prefix during training
+    #[arg(long, default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set, hide_possible_values = true, help_heading = "Method")]
+    pub prefix_projection: bool,
+    /// p-tuning: what computes the prompt [default: mlp]
+    #[arg(long, value_enum, help_heading = "Method", value_name = "KIND")]
+    pub encoder: Option<PromptEncoder>,
+    /// Width of the encoder of a prompt [default: that of what it makes]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub encoder_hidden_size: Option<usize>,
+    /// p-tuning: layers of an LSTM [default: 2]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub encoder_num_layers: Option<usize>,
 
     /// Modules to adapt, by the end of their names: `q_proj,v_proj`; or all-linear for every linear layer but the head
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
@@ -173,6 +192,25 @@ pub struct Settings {
     /// Of initial values, dropout and the order of the data
     #[arg(long, default_value_t = 0, help_heading = "Training", value_name = "N")]
     pub seed: u64,
+}
+
+/// What computes a prompt during training, by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptEncoder {
+    /// Three linear layers
+    Mlp,
+    /// A long short-term memory in both directions, and two linear layers
+    Lstm,
+}
+
+impl From<PromptEncoder> for EncoderKind {
+    fn from(encoder: PromptEncoder) -> Self {
+        match encoder {
+            PromptEncoder::Mlp => Self::Mlp,
+            PromptEncoder::Lstm => Self::Lstm,
+        }
+    }
 }
 
 /// Initial values of an adapter by name.

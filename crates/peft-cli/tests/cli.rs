@@ -5,6 +5,7 @@
 mod hub;
 mod labels;
 mod packing;
+mod prompts;
 mod scaling;
 
 use std::fs;

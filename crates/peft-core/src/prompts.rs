@@ -91,6 +91,16 @@ pub struct Prompt {
 }
 
 impl Prompt {
+    /// How many positions it takes.
+    pub fn len(&self) -> usize {
+        self.tokens() + self.past_tokens()
+    }
+
+    /// Whether there is nothing in front.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// How many virtual tokens there are.
     pub fn tokens(&self) -> usize {
         self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[0])

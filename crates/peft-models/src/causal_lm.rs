@@ -37,6 +37,11 @@ impl CausalLm {
         }
     }
 
+    /// Most tokens of a text, behind what is learned in front of it.
+    pub fn max_tokens(&self) -> usize {
+        self.config().max_positions().saturating_sub(self.prompt(None).len())
+    }
+
     /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, width]`.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, cache: Option<&mut KvCache>) -> Tensor<3> {
         match self {

@@ -9,7 +9,7 @@ mod vision;
 
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use peft_core::{AdapterAware, Embedded, Named, Prompt, PromptShape, Prompts, linear};
 
 pub use self::block::Naming;
@@ -156,6 +156,34 @@ impl Encoder {
         }
     }
 
+    /// Most tokens of a text, behind what is learned in front of it; `None` for images.
+    pub fn max_tokens(&self) -> Option<usize> {
+        Some(self.config.max_tokens()?.saturating_sub(self.prompt().len()))
+    }
+
+    /// Embeddings of tokens, without positions and norm: `[batch, seq]` to `[batch, seq, hidden_size]`. What a prompt may start from.
+    ///
+    /// # Panics
+    /// For a model of images.
+    pub fn embed(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        match &self.body.embeddings {
+            Embeddings::Text(table) => table.words(ids),
+            Embeddings::Patches(_) => panic!("a model of images has no tokens"),
+        }
+    }
+
+    /// Keys and values of a text, `[1, seq]` to `[seq, 2·blocks, heads, head_dim]`: what a prefix may start from.
+    ///
+    /// # Panics
+    /// As [`hidden`](Self::hidden).
+    pub fn past_of(&self, ids: Tensor<2, Int>) -> Tensor<4> {
+        let input = Input::Text(Text::new(ids));
+        self.checked(&input);
+        let mut past = Vec::new();
+        self.read_with(&input, |block, x| past.extend(block.keys_values(x, &self.config)));
+        Tensor::cat(past.into_iter().map(|x| x.swap_dims(0, 1)).collect(), 1)
+    }
+
     /// What is learned in front of each row.
     pub fn prompt(&self) -> Prompt {
         self.body.prompts.as_ref().map_or_else(Prompt::default, Prompts::prompt)
@@ -163,6 +191,11 @@ impl Encoder {
 
     /// The hidden states, and what a head for a text or an image as a whole reads: the state of the first token, be it virtual.
     fn read(&self, input: &Input) -> (Tensor<3>, Tensor<3>) {
+        self.read_with(input, |_, _| ())
+    }
+
+    /// [`read`](Self::read), and shows each block with its input.
+    fn read_with(&self, input: &Input, mut show: impl FnMut(&Block, &Tensor<3>)) -> (Tensor<3>, Tensor<3>) {
         let mut seen = Seen { segments: None, prompt: self.prompt() };
         let (mut x, input) = match (&self.body.embeddings, input, &self.config.input) {
             (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {
@@ -180,6 +213,7 @@ impl Encoder {
             x = place.enter(x);
         }
         for (at, block) in self.body.layers.iter().enumerate() {
+            show(block, &x);
             x = block.forward(x, &self.config, &seen, at);
         }
         if let Some(of) = &self.body.norm {
@@ -245,9 +279,7 @@ impl Encoder {
         match (&self.config.input, input) {
             (InputConfig::Text { .. }, Input::Text(text)) => {
                 let dims @ [_, seq] = text.ids.dims();
-                let prompt = self.prompt();
-                let learned = prompt.tokens() + prompt.past_tokens();
-                let most = self.config.max_tokens().unwrap_or_default().saturating_sub(learned);
+                let most = self.max_tokens().unwrap_or_default();
                 if !(1..=most).contains(&seq) {
                     return refuse(format!("1 to {most} tokens a row"), format!("{seq}; cut the text"));
                 }

@@ -49,8 +49,7 @@ pub fn generate(
     if let Some(id) = prompt.iter().find(|id| **id as usize >= config.vocab_size()) {
         return refuse(format!("token {id} is out of range: the model has {} tokens", config.vocab_size()));
     }
-    let learned = model.prompt(None);
-    let room = config.max_positions().saturating_sub(learned.tokens() + learned.past_tokens());
+    let room = model.max_tokens();
     if prompt.len() >= room {
         return refuse(format!("the prompt has {} tokens, the model takes {room}", prompt.len()));
     }

@@ -74,7 +74,7 @@ fn of_decoder(args: &Args, pretrained: &Pretrained, device: &Device) -> Result<(
         }
     };
     let config = pretrained.model.config();
-    check(&ids, config.vocab_size(), config.max_positions(), &pretrained.files.name)?;
+    check(&ids, config.vocab_size(), pretrained.model.max_tokens(), &pretrained.files.name)?;
     Ok((pretrained.model.forward(matrix(&ids, device)), Read { ids: Some(ids), whole: false }))
 }
 
@@ -85,7 +85,7 @@ fn of_encoder(args: &Args, pretrained: &PretrainedEncoder, device: &Device) -> R
         let (reader, prepared) = args.content.prepare(pretrained, false)?;
         (reader.input([&prepared], device)?, prepared.tokens().map(|tokens| tokens.ids.clone()))
     } else {
-        if let (Some(vocab_size), Some(longest)) = (config.vocab_size(), config.max_tokens()) {
+        if let (Some(vocab_size), Some(longest)) = (config.vocab_size(), model.max_tokens()) {
             check(&args.tokens, vocab_size, longest, &pretrained.files.name)?;
         }
         (Input::Text(Text::new(matrix(&args.tokens, device))), Some(args.tokens.clone()))

@@ -117,9 +117,29 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         (FEEDFORWARD, !settings.feedforward.is_empty()),
         (REDUCTION, settings.reduction_factor.is_some()),
         (INVERTIBLE, settings.inv_adapter.is_some()),
+        ("num-virtual-tokens", settings.num_virtual_tokens.is_some()),
+        ("prompt-text", settings.prompt_text.is_some()),
+        ("prefix-projection", settings.prefix_projection),
+        ("encoder", settings.encoder.is_some()),
+        ("encoder-hidden-size", settings.encoder_hidden_size.is_some()),
+        ("encoder-num-layers", settings.encoder_num_layers.is_some()),
     ];
     match given.iter().find(|(flag, given)| *given && !own.contains(flag)) {
         Some((flag, _)) => Err(Error::usage(format!("--{flag}: {method} has no such setting"), "leave it out")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses settings that choose layers, for what adapts none.
+pub(super) fn refuse_targets(settings: &Settings, method: &str) -> Result<()> {
+    let given = [
+        ("targets", !settings.targets.is_empty()),
+        ("target-regex", settings.target_regex.is_some()),
+        ("exclude", !settings.exclude.is_empty()),
+        ("layers", !settings.layers.is_empty()),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((flag, _)) => Err(Error::usage(format!("--{flag}: {method} adapts no layers"), "leave it out")),
         None => Ok(()),
     }
 }

@@ -34,7 +34,7 @@ impl Whole {
         Ok(Self::Modules(Targets { modules_to_save, ..Targets::default() }))
     }
 
-    fn attach<T: Module>(&self, model: T) -> Result<T> {
+    fn freeze<T: Module>(&self, model: T) -> Result<T> {
         let Self::Modules(targets) = self else { return Ok(model) };
         let model = map_params(model, &mut TrainOnly(targets.matcher()?));
         if model.trainable().trainable == 0 {
@@ -48,14 +48,9 @@ impl Whole {
 
 /// Settings of adapters and of frozen weights, which would change nothing here or cannot be.
 fn check(settings: &Settings, method: &str) -> Result<()> {
-    let given = [
-        ("targets", !settings.targets.is_empty()),
-        ("target-regex", settings.target_regex.is_some()),
-        ("exclude", !settings.exclude.is_empty()),
-        ("layers", !settings.layers.is_empty()),
-        ("quantize", settings.packing.quantize.is_some()),
-        ("precision", settings.precision != FrozenType::F32),
-    ];
+    super::configure::refuse_targets(settings, method)?;
+    let given =
+        [("quantize", settings.packing.quantize.is_some()), ("precision", settings.precision != FrozenType::F32)];
     match given.iter().find(|(_, given)| *given) {
         Some((flag, _)) => {
             let what = format!("--{flag}: {method} trains the weights themselves, without an adapter and in f32");
@@ -75,8 +70,8 @@ impl ParamMapper for TrainOnly {
 }
 
 impl Adapts<CausalLm> for Whole {
-    fn attach(&self, model: CausalLm, _seed: u64) -> Result<CausalLm> {
-        self.attach(model)
+    fn attach(&self, model: CausalLm, _files: &ModelFiles, _seed: u64) -> Result<CausalLm> {
+        self.freeze(model)
     }
 
     fn trained(&self, _model: &CausalLm, files: &ModelFiles) -> Result<Box<dyn Trained<CausalLm>>> {
@@ -85,8 +80,8 @@ impl Adapts<CausalLm> for Whole {
 }
 
 impl Adapts<Encoder> for Whole {
-    fn attach(&self, model: Encoder, _seed: u64) -> Result<Encoder> {
-        self.attach(model)
+    fn attach(&self, model: Encoder, _files: &ModelFiles, _seed: u64) -> Result<Encoder> {
+        self.freeze(model)
     }
 
     fn trained(&self, _model: &Encoder, files: &ModelFiles) -> Result<Box<dyn Trained<Encoder>>> {

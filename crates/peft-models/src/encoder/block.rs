@@ -192,9 +192,19 @@ impl Block {
         finish(&self.output_adapters, output, x, &self.mlp_norm, config)
     }
 
-    fn attend(&self, x: Tensor<3>, config: &EncoderConfig, seen: &Seen, at: usize) -> Tensor<3> {
+    /// Keys and values for the block's input `x`, `[batch, seq, hidden]` to `[batch, seq, heads, head_dim]` each.
+    pub(crate) fn keys_values(&self, x: &Tensor<3>, config: &EncoderConfig) -> [Tensor<4>; 2] {
+        self.projected(&start(x.clone(), &self.attention_norm, config), config)
+    }
+
+    fn projected(&self, x: &Tensor<3>, config: &EncoderConfig) -> [Tensor<4>; 2] {
         let project = |layer: &Linear| split_heads(linear(layer, x.clone()), config.num_attention_heads);
-        let (q, k, v) = (project(&self.query), project(&self.key), project(&self.value));
+        [project(&self.key), project(&self.value)]
+    }
+
+    fn attend(&self, x: Tensor<3>, config: &EncoderConfig, seen: &Seen, at: usize) -> Tensor<3> {
+        let q = split_heads(linear(&self.query, x.clone()), config.num_attention_heads);
+        let [k, v] = self.projected(&x, config);
         let (k, v) = seen.prompt.past(at, k, v);
         let scale = (q.dims()[3] as f64).sqrt().recip();
         let sight = Sight { prefix: seen.prompt.past_tokens(), ..Sight::default() };

@@ -90,11 +90,16 @@ impl TextEmbeddings {
         }
     }
 
+    /// `[batch, seq]` to `[batch, seq, hidden]`: the words alone.
+    pub(crate) fn words(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        // Tables may be in 16 bits, activations never.
+        embedding_as(&self.word_embeddings, ids, self.norm.gamma.val().dtype())
+    }
+
     /// `[batch, seq]` to `[batch, n + seq, hidden]`, `n` virtual tokens first.
     pub(crate) fn forward(&self, text: &Text, prompt: &Prompt, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
-        // Tables may be in 16 bits, activations never.
-        let dtype = self.norm.gamma.val().dtype();
-        let words = prompt.before(embedding_as(&self.word_embeddings, text.ids.clone(), dtype));
+        let words = prompt.before(self.words(text.ids.clone()));
+        let dtype = words.dtype();
         let text = &text.behind(prompt.tokens(), pad_id);
         let padding = (config.family == Family::Roberta).then_some(pad_id as i64);
         let positions = positions(text, padding, prompt.past_tokens() as i64);

@@ -67,7 +67,7 @@ impl Reader {
     /// # Errors
     /// When the model has no tokenizer or no `preprocessor_config.json`, or does not take texts of that length.
     pub fn new(pretrained: &PretrainedEncoder, max_tokens: Option<usize>) -> Result<Self> {
-        let Some(longest) = pretrained.model.config().max_tokens() else {
+        let Some(longest) = pretrained.model.max_tokens() else {
             return Ok(Self::Pictures(pretrained.image_processor()?));
         };
         let max_tokens = max_tokens.unwrap_or(MAX_TOKENS.min(longest));

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use burn::module::Module as _;
 use peft_core::Peft;
 use peft_models::config::EncoderConfig;
 use peft_models::heads::Task;
@@ -31,14 +32,16 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles, config: &EncoderConfig) -> R
         precision: settings.precision.into(),
         seed: settings.seed,
     };
-    let pretrained = PretrainedEncoder::from_files(files, &options, job.device)?;
+    let mut pretrained = PretrainedEncoder::from_files(files, &options, job.device)?;
     check_targets(&pretrained.model, method.as_ref())?;
     let parameters = pretrained.model.trainable().total;
-    let reader = Reader::new(&pretrained, settings.max_len)?;
     let with_head = with_head(settings, &pretrained);
     let method = methods::by_name(&settings.method)?.build(&with_head)?;
-    let PretrainedEncoder { model, files, .. } = pretrained;
-    let model = method.attach(model, settings.seed)?;
+    let model = method.attach(pretrained.model, &pretrained.files, settings.seed)?;
+    // It shares all that is frozen, and may take shorter texts.
+    pretrained.model = model.valid();
+    let reader = Reader::new(&pretrained, settings.max_len)?;
+    let PretrainedEncoder { files, .. } = pretrained;
 
     let (all, report) = label(&rows, &reader, &task)?;
     let given = held_out.map(|rows| Ok::<_, crate::Error>(label(&rows, &reader, &task)?.0)).transpose()?;

@@ -14,13 +14,17 @@ use crate::model::{self, FrozenType};
 use crate::output::quoted;
 use crate::rows::{self, Reading, report_json};
 use crate::settings::{Init, Settings};
-use crate::{Result, methods};
+use crate::{Error, Result, methods};
 
 pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
     let settings = job.settings;
     let labels = [("task", settings.task.is_some()), ("label-smoothing", settings.label_smoothing != 0.0)];
     refuse(&labels, "encoders, and this is a language model")?;
     let method = methods::by_name(&settings.method)?.build(settings)?;
+    if settings.pack && method.reads_ahead() {
+        let what = format!("--pack: {} stands in front of one sequence a row", settings.method);
+        return Err(Error::usage(what, "leave it out"));
+    }
     let rows = rows::read(settings.data()?, &settings.set)?;
     let held_out = settings.eval_data.as_ref().map(|path| rows::read(path, &settings.set)).transpose()?;
 
@@ -32,7 +36,7 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
         Some(targets) => model::for_targets(pretrained.model, targets)?,
         None => pretrained.model,
     };
-    let adapted = method.attach(model, settings.seed)?;
+    let adapted = method.attach(model, &pretrained.files, settings.seed)?;
     // It shares all that is frozen. What was loaded goes: it may be dense where this is packed.
     pretrained.model = adapted.valid();
     let reading = Reading {

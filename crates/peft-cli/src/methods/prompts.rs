@@ -1,0 +1,230 @@
+//! Prompt methods as the settings of `peft train` ask for them, and what their prompts start from.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor, TensorData};
+use peft_core::{Method, Targets, attach, rng_of};
+use peft_models::{CausalLm, Encoder, ModelFiles};
+use peft_prompt::{
+    Besides, EncoderKind, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptInit, PromptTuningConfig, start_at,
+};
+use peft_train::{AdapterOf, Trained};
+use rand::RngExt;
+
+use super::configure::{only, refuse_targets};
+use super::{Adaptation, Adapts};
+use crate::settings::{Init, Settings};
+use crate::{Error, Result};
+
+/// Virtual tokens, where nothing is said.
+const TOKENS: usize = 20;
+
+/// Settings that all prompt methods have.
+const OF_PROMPTS: [&str; 2] = ["num-virtual-tokens", "prompt-text"];
+
+/// A prompt method, with what its prompt starts from.
+pub(super) struct Prompted<M> {
+    method: M,
+    start: Start,
+}
+
+enum Start {
+    /// As the method says.
+    Own,
+    /// What the model makes of random tokens.
+    Vocabulary(usize),
+    /// What the model makes of a text.
+    Text { text: String, tokens: usize },
+}
+
+/// Prompt tuning.
+pub(super) fn prompt(settings: &Settings) -> Result<Prompted<PromptTuningConfig>> {
+    only(settings, "prompt", &OF_PROMPTS)?;
+    refuse_targets(settings, "prompt")?;
+    let start = start(settings)?;
+    let prompt_tuning_init = match start {
+        Start::Own => PromptInit::Random,
+        Start::Vocabulary(_) => PromptInit::SampleVocab,
+        Start::Text { .. } => PromptInit::Text,
+    };
+    let method = PromptTuningConfig {
+        num_virtual_tokens: tokens(settings),
+        prompt_tuning_init,
+        prompt_tuning_init_text: settings.prompt_text.clone(),
+        besides: besides(settings),
+    };
+    Ok(Prompted { method, start })
+}
+
+/// Prefix tuning; P-tuning v2 by its other name.
+pub(super) fn prefix(settings: &Settings, name: &str) -> Result<Prompted<PrefixTuningConfig>> {
+    only(settings, name, &[&OF_PROMPTS[..], &["prefix-projection", "encoder-hidden-size"]].concat())?;
+    refuse_targets(settings, name)?;
+    if settings.encoder_hidden_size.is_some() && !settings.prefix_projection {
+        return Err(Error::usage("--encoder-hidden-size: there is no encoder", "--prefix-projection"));
+    }
+    let method = PrefixTuningConfig {
+        num_virtual_tokens: tokens(settings),
+        prefix_projection: settings.prefix_projection,
+        encoder_hidden_size: settings.encoder_hidden_size,
+        besides: besides(settings),
+        ..PrefixTuningConfig::default()
+    };
+    let start = if settings.prefix_projection { Start::Own } else { start(settings)? };
+    Ok(Prompted { method, start })
+}
+
+/// P-tuning.
+pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
+    let own = ["num-virtual-tokens", "encoder", "encoder-hidden-size", "encoder-num-layers", "dropout"];
+    only(settings, "p-tuning", &own)?;
+    refuse_targets(settings, "p-tuning")?;
+    let usual = PTuningConfig::default();
+    let method = PTuningConfig {
+        num_virtual_tokens: tokens(settings),
+        encoder_reparameterization_type: settings.encoder.map_or(EncoderKind::Mlp, EncoderKind::from),
+        encoder_hidden_size: settings.encoder_hidden_size,
+        encoder_num_layers: settings.encoder_num_layers.unwrap_or(usual.encoder_num_layers),
+        encoder_dropout: settings.dropout,
+        besides: besides(settings),
+        ..usual
+    };
+    Ok(Prompted { method, start: Start::Own })
+}
+
+fn tokens(settings: &Settings) -> usize {
+    settings.num_virtual_tokens.unwrap_or(TOKENS)
+}
+
+fn besides(settings: &Settings) -> Besides {
+    if settings.modules_to_save.is_empty() { Besides::default() } else { Besides::modules(&settings.modules_to_save) }
+}
+
+/// A text if there is one; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly.
+fn start(settings: &Settings) -> Result<Start> {
+    let tokens = tokens(settings);
+    match (&settings.prompt_text, settings.init) {
+        (Some(text), Init::Kaiming) => Ok(Start::Text { text: text.clone(), tokens }),
+        (Some(_), _) => Err(Error::usage("--prompt-text and --init are both given", "give one of them")),
+        (None, Init::Kaiming) => Ok(Start::Vocabulary(tokens)),
+        (None, Init::Random) => Ok(Start::Own),
+        (None, init) => {
+            let what = format!("--init {}: a prompt has no such initial values", init.name());
+            Err(Error::usage(what, "leave it out, --init random, or --prompt-text"))
+        }
+    }
+}
+
+impl Start {
+    /// The tokens to start from, as many as there are virtual ones.
+    fn ids(&self, files: &ModelFiles, vocabulary: usize, seed: u64) -> Result<Option<Vec<u32>>> {
+        match self {
+            Self::Own => Ok(None),
+            Self::Vocabulary(tokens) => {
+                let mut rng = rng_of("prompts", seed);
+                Ok(Some((0..*tokens).map(|_| rng.random_range(0..vocabulary as u32)).collect()))
+            }
+            Self::Text { text, tokens } => {
+                let ids = files.tokenizer()?.encode(text, false)?;
+                if ids.is_empty() {
+                    return Err(Error::usage("--prompt-text: there is no token in it", "give some text"));
+                }
+                Ok(Some(ids.into_iter().cycle().take(*tokens).collect()))
+            }
+        }
+    }
+}
+
+/// What a model makes of tokens, as a prompt has it.
+pub(super) trait Reads: Module {
+    /// Number of tokens there are.
+    fn vocabulary(&self) -> usize;
+    /// `[n, width]`
+    fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3>;
+    /// `[n, 2·blocks, kv_heads, head_dim]`
+    fn past(&self, ids: Tensor<2, Int>) -> Tensor<4>;
+}
+
+impl Reads for CausalLm {
+    fn vocabulary(&self) -> usize {
+        self.config().vocab_size()
+    }
+
+    fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        self.embed(ids)
+    }
+
+    fn past(&self, ids: Tensor<2, Int>) -> Tensor<4> {
+        self.past_of(ids)
+    }
+}
+
+impl Reads for Encoder {
+    fn vocabulary(&self) -> usize {
+        self.config().vocab_size().unwrap_or_default()
+    }
+
+    fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        self.embed(ids)
+    }
+
+    fn past(&self, ids: Tensor<2, Int>) -> Tensor<4> {
+        self.past_of(ids)
+    }
+}
+
+/// What a prompt method starts from, of all that a model makes of tokens.
+pub(super) trait Prompts: Method<Adapter = PromptAdapter> {
+    /// Whether it is virtual tokens, rather than keys and values.
+    const TOKENS: bool = true;
+
+    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32>;
+}
+
+impl Prompts for PromptTuningConfig {
+    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
+        model.embeddings(ids).into_data().iter().collect()
+    }
+}
+
+impl Prompts for PTuningConfig {
+    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
+        PromptTuningConfig::values(model, ids)
+    }
+}
+
+impl Prompts for PrefixTuningConfig {
+    const TOKENS: bool = false;
+
+    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
+        model.past(ids).into_data().iter().collect()
+    }
+}
+
+impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
+    fn attach(&self, model: T, files: &ModelFiles, seed: u64) -> Result<T> {
+        // What a model without a place for prompts has no vocabulary for is refused as that.
+        let vocabulary = model.vocabulary();
+        let ids = if vocabulary > 0 { self.start.ids(files, vocabulary, seed)? } else { None };
+        let Some(ids) = ids else { return Ok(attach(model, &self.method, seed)?) };
+        let device = model.devices().into_iter().next().unwrap_or_default();
+        let count = ids.len();
+        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        let ids = Tensor::from_data(TensorData::new(ids, [1, count]), &device.without_autodiff());
+        let values = M::values(&model.valid(), ids);
+        Ok(start_at(model, &self.method, &values, seed)?)
+    }
+
+    fn trained(&self, _model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
+        Ok(Box::new(AdapterOf::on(self.method.clone(), files)?))
+    }
+}
+
+impl<M: Prompts> Adaptation for Prompted<M> {
+    fn targets(&self) -> Option<&Targets> {
+        None
+    }
+
+    fn reads_ahead(&self) -> bool {
+        M::TOKENS
+    }
+}

@@ -1,0 +1,73 @@
+//! Prompt methods on the command line.
+
+use super::*;
+
+/// Arguments of a short run of `method` into a folder of its name, without targets.
+fn train(shop: &Workshop, method: &str, more: &[&str]) -> Vec<String> {
+    let mut args = shop.train(method, &[&["--method", method, "--steps", "30", "--eval-every", "10"], more].concat());
+    let at = args.iter().position(|arg| arg == "--targets").unwrap();
+    args.drain(at..at + 2);
+    args
+}
+
+/// Each learns, generates and evaluates from its folder; and a run that is cut and goes on ends as one that was not.
+#[test]
+fn prompts_are_trained_used_and_resumed() {
+    let shop = Workshop::new();
+    let (model, data) = (shop.path("model"), shop.path("data.jsonl"));
+    let methods: [(&str, &[&str]); 4] = [
+        ("prompt", &["--num-virtual-tokens", "8"]),
+        ("prefix", &["--num-virtual-tokens", "4", "--prompt-text", "I am Ada."]),
+        ("p-tuning", &["--num-virtual-tokens", "4", "--encoder", "lstm", "--encoder-hidden-size", "8"]),
+        ("p-tuning-v2", &["--num-virtual-tokens", "4", "--prefix-projection", "--encoder-hidden-size", "8"]),
+    ];
+    for (method, more) in methods {
+        let result = json_of(&strs(&train(&shop, method, more)));
+        let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+        assert!(loss(&result["after"]) < 0.95 * loss(&result["before"]), "{method}: {result}");
+        let out = shop.path(method);
+        let evaluated =
+            json_of(&["eval", "--json", "--model", &model, "--adapter", &out, "--data", &data, "--set", "name=Ada"]);
+        assert!(evaluated["loss"].as_f64().unwrap() < loss(&result["before"]), "{method}: {evaluated}");
+        assert!(deviation(&logits(&model, Some(&out)), &logits(&model, None)) > 1e-3, "{method} changes nothing");
+        let generated =
+            peft(&["generate", "--model", &model, "--adapter", &out, "--prompt", "who?", "--max-new-tokens", "4"]);
+        assert!(generated.status.success(), "{method}: {}", String::from_utf8_lossy(&generated.stderr));
+        // The same steps in two runs: what an encoder has learned goes on as well.
+        let cut = format!("{method}-cut");
+        let mut first = train(&shop, method, &[more, &["--steps", "12", "--save-every", "12"]].concat());
+        let at = first.iter().position(|arg| *arg == out).unwrap();
+        first[at] = shop.path(&cut);
+        let keep: Vec<String> = without(&first, "30");
+        json_of(&strs(&keep));
+        json_of(&["train", "--json", "--out", &shop.path(&cut), "--resume", "--steps", "30"]);
+        assert_eq!(adapter_bytes(&shop.path(&cut)), adapter_bytes(&out), "{method}");
+    }
+    let (code, message) =
+        refused(&["merge", "--model", &model, "--adapter", &shop.path("prompt"), "--out", &shop.path("merged")]);
+    assert!(code == 1 && message.contains("no part of any weight"), "{message}");
+}
+
+/// Without `--steps` of that number.
+fn without(args: &[String], steps: &str) -> Vec<String> {
+    let at = args.windows(2).position(|pair| pair[0] == "--steps" && pair[1] == steps).unwrap();
+    [&args[..at], &args[at + 2..]].concat()
+}
+
+#[test]
+fn settings_that_prompts_do_not_have_are_refused() {
+    let shop = Workshop::new();
+    let refusal = |method: &str, more: &[&str]| {
+        let (code, message) = refused(&strs(&train(&shop, method, more)));
+        assert_eq!(code, 2, "{message}");
+        message
+    };
+    assert!(refusal("prompt", &["--targets", "q_proj"]).contains("--targets: prompt adapts no layers"));
+    assert!(refusal("prompt", &["--rank", "4"]).contains("--rank: prompt has no such setting"));
+    assert!(refusal("prefix", &["--encoder-hidden-size", "4"]).contains("--prefix-projection"));
+    assert!(refusal("prompt", &["--prompt-text", ""]).contains("there is no token in it"));
+    assert!(refusal("prompt", &["--num-virtual-tokens", "0"]).contains("num_virtual_tokens"));
+    assert!(refusal("prompt", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
+    assert!(refusal("prompt", &["--pack"]).contains("--pack"));
+    assert!(refusal("lora", &["--prompt-text", "x"]).contains("--prompt-text: lora has no such setting"));
+}
