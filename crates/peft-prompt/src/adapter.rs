@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::Tensor;
-use peft_core::{Activation, Error, FileTensor, LayerKind, Prompt, PromptShape, Result, Site};
+use peft_core::{Activation, Error, Prompt, PromptShape, Result, Site};
 
 use crate::encoder::Encoder;
 
@@ -50,18 +50,8 @@ impl PromptAdapter {
     }
 }
 
-/// Why a weight cannot say what a prompt does.
-pub(crate) const ACTS: &str = "a prompt stands in front of the model's input";
-/// Why it cannot be merged.
-pub(crate) const NO_WEIGHT: &str = "a prompt is no part of any weight";
-
 /// The key of the prompt in PEFT's files.
 pub(crate) const KEY: &str = "prompt_embeddings";
-
-/// The prompt in the file, whatever computes it.
-pub(crate) fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
-    &[FileTensor { field: "direct", key: KEY, transposed: false }]
-}
 
 /// The key of a field: that of the prompt, or one of the encoder's file.
 pub(crate) fn key(field: &str) -> Option<(String, bool)> {
@@ -71,6 +61,48 @@ pub(crate) fn key(field: &str) -> Option<(String, bool)> {
     let (key, transposed) = Encoder::key(field.strip_prefix("encoder.")?)?;
     Some((format!("{}{key}", peft_core::files::ENCODER_PREFIX), transposed))
 }
+
+/// What all prompt methods answer alike, of the items of [`Method`](peft_core::Method).
+macro_rules! of_prompts {
+    () => {
+        const OF_MODEL: bool = true;
+        type Adapter = $crate::PromptAdapter;
+
+        fn targets(&self) -> &peft_core::Targets {
+            self.besides.targets()
+        }
+
+        fn kinds(&self) -> &'static [peft_core::LayerKind] {
+            &[peft_core::LayerKind::Prompts]
+        }
+
+        fn tensors(_kind: peft_core::LayerKind) -> &'static [peft_core::FileTensor] {
+            &[peft_core::FileTensor { field: "direct", key: $crate::adapter::KEY, transposed: false }]
+        }
+
+        fn key(_kind: peft_core::LayerKind, field: &str) -> Option<(String, bool)> {
+            $crate::adapter::key(field)
+        }
+
+        fn computed(adapter: &Self::Adapter) -> Option<(&'static str, burn::tensor::Tensor<2>)> {
+            adapter.computed()
+        }
+
+        fn activation(adapter: &Self::Adapter) -> Option<&dyn peft_core::Activation> {
+            Some(adapter)
+        }
+
+        fn needs_activation(&self, _site: &peft_core::Site) -> Option<String> {
+            Some("a prompt stands in front of the model's input".to_owned())
+        }
+
+        fn unmergeable(&self, _site: &peft_core::Site) -> Option<String> {
+            Some("a prompt is no part of any weight".to_owned())
+        }
+    };
+}
+
+pub(crate) use of_prompts;
 
 /// The shape of the model that prompts are for, which must have room for `n` virtual tokens and some text.
 pub(crate) fn shape_of(site: &Site, n: usize) -> Result<PromptShape> {

@@ -5,10 +5,10 @@
 //! - trained, of `w = width` and `e = encoder_hidden_size`: `n·w` and an MLP of `2·w·e + e² + 2·e + w`, or an LSTM and `4·e² + 2·e + 2·e·w + w`
 //! - at init: no identity
 
-use peft_core::{Activation, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
+use peft_core::{Error, Method, Result, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, PromptAdapter, Use, check_count, shape_of};
+use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
 use crate::{Besides, Encoder, EncoderKind};
 
 /// Configuration of P-tuning; its JSON is Hugging Face's `adapter_config.json`.
@@ -78,12 +78,8 @@ impl PTuningConfig {
 
 impl Method for PTuningConfig {
     const PEFT_TYPE: &'static str = "P_TUNING";
-    const OF_MODEL: bool = true;
-    type Adapter = PromptAdapter;
 
-    fn targets(&self) -> &Targets {
-        self.besides.targets()
-    }
+    of_prompts!();
 
     fn check(&self) -> Result<()> {
         if self.encoder_hidden_size == Some(0) {
@@ -98,10 +94,6 @@ impl Method for PTuningConfig {
         check_count(self.num_virtual_tokens)
     }
 
-    fn kinds(&self) -> &'static [LayerKind] {
-        &[LayerKind::Prompts]
-    }
-
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
         let (n, mut rng) = (self.num_virtual_tokens, site.rng(seed));
         let width = shape_of(site, n)?.width;
@@ -114,31 +106,7 @@ impl Method for PTuningConfig {
         Ok(PromptAdapter::encoded(encoder, Use::Tokens))
     }
 
-    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
-        adapter::tensors(kind)
-    }
-
-    fn key(_kind: LayerKind, field: &str) -> Option<(String, bool)> {
-        adapter::key(field)
-    }
-
-    fn computed(adapter: &PromptAdapter) -> Option<(&'static str, burn::tensor::Tensor<2>)> {
-        adapter.computed()
-    }
-
     fn without_encoder(self) -> Self {
         Self { direct: true, ..self }
-    }
-
-    fn activation(adapter: &PromptAdapter) -> Option<&dyn Activation> {
-        Some(adapter)
-    }
-
-    fn needs_activation(&self, _site: &Site) -> Option<String> {
-        Some(adapter::ACTS.to_owned())
-    }
-
-    fn unmergeable(&self, _site: &Site) -> Option<String> {
-        Some(adapter::NO_WEIGHT.to_owned())
     }
 }

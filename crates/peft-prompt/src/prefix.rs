@@ -7,10 +7,10 @@
 //! - trained: `2·n·blocks·kv_heads·head_dim` values; with the projection, of `w = kv_heads·head_dim` and `e = encoder_hidden_size`, `n·w + w·e + e + 2·blocks·w·(e + 1)`
 //! - at init: no identity: a key takes its share of the attention, whatever it holds
 
-use peft_core::{Activation, Error, FileTensor, LayerKind, Method, Result, Site, Targets};
+use peft_core::{Error, Method, Result, Site};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, PromptAdapter, Use, check_count, shape_of};
+use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
 use crate::{Besides, Encoder};
 
 /// Configuration of prefix tuning; its JSON is Hugging Face's `adapter_config.json`.
@@ -77,22 +77,14 @@ impl PrefixTuningConfig {
 
 impl Method for PrefixTuningConfig {
     const PEFT_TYPE: &'static str = "PREFIX_TUNING";
-    const OF_MODEL: bool = true;
-    type Adapter = PromptAdapter;
 
-    fn targets(&self) -> &Targets {
-        self.besides.targets()
-    }
+    of_prompts!();
 
     fn check(&self) -> Result<()> {
         if self.encoder_hidden_size == Some(0) {
             return Err(Error::config("encoder_hidden_size", "at least 1", 0));
         }
         check_count(self.num_virtual_tokens)
-    }
-
-    fn kinds(&self) -> &'static [LayerKind] {
-        &[LayerKind::Prompts]
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
@@ -107,31 +99,7 @@ impl Method for PrefixTuningConfig {
         Ok(PromptAdapter::direct(site.normal([n, out], 1.0, &mut rng), Use::Past))
     }
 
-    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
-        adapter::tensors(kind)
-    }
-
-    fn key(_kind: LayerKind, field: &str) -> Option<(String, bool)> {
-        adapter::key(field)
-    }
-
-    fn computed(adapter: &PromptAdapter) -> Option<(&'static str, burn::tensor::Tensor<2>)> {
-        adapter.computed()
-    }
-
     fn without_encoder(self) -> Self {
         Self { direct: true, ..self }
-    }
-
-    fn activation(adapter: &PromptAdapter) -> Option<&dyn Activation> {
-        Some(adapter)
-    }
-
-    fn needs_activation(&self, _site: &Site) -> Option<String> {
-        Some(adapter::ACTS.to_owned())
-    }
-
-    fn unmergeable(&self, _site: &Site) -> Option<String> {
-        Some(adapter::NO_WEIGHT.to_owned())
     }
 }

@@ -5,11 +5,11 @@
 //! - trained: `num_virtual_tokens · width` values
 //! - at init: no identity: `P` changes what the model says, whatever it holds
 
-use peft_core::{Activation, FileTensor, LayerKind, Method, Result, Site, Targets};
+use peft_core::{Method, Result, Site};
 use serde::{Deserialize, Serialize};
 
 use crate::Besides;
-use crate::adapter::{self, PromptAdapter, Use, check_count, shape_of};
+use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
 
 /// Configuration of prompt tuning; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -78,40 +78,16 @@ impl PromptTuningConfig {
 
 impl Method for PromptTuningConfig {
     const PEFT_TYPE: &'static str = "PROMPT_TUNING";
-    const OF_MODEL: bool = true;
-    type Adapter = PromptAdapter;
 
-    fn targets(&self) -> &Targets {
-        self.besides.targets()
-    }
+    of_prompts!();
 
     fn check(&self) -> Result<()> {
         check_count(self.num_virtual_tokens)
-    }
-
-    fn kinds(&self) -> &'static [LayerKind] {
-        &[LayerKind::Prompts]
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
         let shape = shape_of(site, self.num_virtual_tokens)?;
         let values = site.normal([self.num_virtual_tokens, shape.width], 1.0, &mut site.rng(seed));
         Ok(PromptAdapter::direct(values, Use::Tokens))
-    }
-
-    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
-        adapter::tensors(kind)
-    }
-
-    fn activation(adapter: &PromptAdapter) -> Option<&dyn Activation> {
-        Some(adapter)
-    }
-
-    fn needs_activation(&self, _site: &Site) -> Option<String> {
-        Some(adapter::ACTS.to_owned())
-    }
-
-    fn unmergeable(&self, _site: &Site) -> Option<String> {
-        Some(adapter::NO_WEIGHT.to_owned())
     }
 }
