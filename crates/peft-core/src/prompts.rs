@@ -57,7 +57,7 @@ peft_kernels::marker_module!(PromptShape, |shape| {
 ///     fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
 ///         let prompt = self.prompts.prompt();
 ///         let x = prompt.before(embedding(&self.embeddings, ids)); // [batch, virtual + seq, width]
-///         // … through blocks, whose keys and values stand behind `prompt.past(block, batch)` …
+///         // … through blocks, whose keys and values stand behind `prompt.behind_past` …
 ///         prompt.behind(x) // [batch, seq, width]
 ///     }
 /// }
@@ -93,7 +93,7 @@ pub struct Prompt {
 impl Prompt {
     /// How many positions it takes.
     pub fn len(&self) -> usize {
-        self.tokens() + self.past_tokens()
+        self.num_tokens() + self.num_past()
     }
 
     /// Whether there is nothing in front.
@@ -102,12 +102,12 @@ impl Prompt {
     }
 
     /// How many virtual tokens there are.
-    pub fn tokens(&self) -> usize {
+    pub fn num_tokens(&self) -> usize {
         self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[0])
     }
 
     /// How many keys there are in front of those of a block.
-    pub fn past_tokens(&self) -> usize {
+    pub fn num_past(&self) -> usize {
         self.past.as_ref().map_or(0, |past| past.dims()[0])
     }
 
@@ -130,7 +130,7 @@ impl Prompt {
     /// # Shapes
     /// `[batch, n + seq, width]` to `[batch, seq, width]`
     pub fn behind(&self, hidden: Tensor<3>) -> Tensor<3> {
-        let (n, [_, seq, _]) = (self.tokens(), hidden.dims());
+        let (n, [_, seq, _]) = (self.num_tokens(), hidden.dims());
         if n == 0 { hidden } else { hidden.narrow(1, n, seq - n) }
     }
 
@@ -138,7 +138,7 @@ impl Prompt {
     ///
     /// # Shapes
     /// `[batch, seq, kv_heads, head_dim]` to `[batch, n + seq, kv_heads, head_dim]`
-    pub fn past(&self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    pub fn behind_past(&self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let Some(past) = &self.past else { return (keys, values) };
         let before = |at: usize, x: Tensor<4>| {
             let [n, _, heads, head_dim] = past.dims();

@@ -84,8 +84,8 @@ impl Pass {
         window: Option<usize>,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let (k, v) = self.prompt.past(block, k, v);
-        let mut prefix = self.prompt.past_tokens();
+        let (k, v) = self.prompt.behind_past(block, k, v);
+        let mut prefix = self.prompt.num_past();
         let (k, v) = match cache {
             Some(cache) => {
                 prefix = prefix.max(cache.prefix);
@@ -102,11 +102,11 @@ impl Pass {
 
 /// The place of each token in its sequence, behind what is in the cache and learned keys: a row for all, or one for each.
 pub(crate) fn positions(layout: Layout<'_>, prompt: &Prompt, cache: Option<&KvCache>, seq: usize) -> Vec<Vec<u32>> {
-    let past = cache.map_or(0, KvCache::len) + prompt.past_tokens();
+    let past = cache.map_or(0, KvCache::len) + prompt.num_past();
     match layout {
         Layout::Rows => vec![(past..past + seq).map(|position| position as u32).collect()],
         Layout::Packed { positions, .. } => {
-            assert_eq!(prompt.tokens(), 0, "virtual tokens stand in front of one sequence a row");
+            assert_eq!(prompt.num_tokens(), 0, "virtual tokens stand in front of one sequence a row");
             let behind = |row: &Vec<u32>| row.iter().map(|position| position + past as u32).collect();
             positions.iter().map(behind).collect()
         }

@@ -200,7 +200,7 @@ impl Encoder {
         let (mut x, input) = match (&self.body.embeddings, input, &self.config.input) {
             (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {
                 let x = table.forward(text, &seen.prompt, &self.config, *pad_token_id);
-                let text = text.behind(seen.prompt.tokens(), *pad_token_id);
+                let text = text.behind(seen.prompt.num_tokens(), *pad_token_id);
                 seen.segments = text.segments();
                 (x, Input::Text(text))
             }

@@ -25,7 +25,7 @@ use crate::{Besides, Encoder, EncoderKind};
 /// let shape = PromptShape { width: 8, blocks: 3, kv_heads: 2, head_dim: 4, positions: 16 };
 /// let model = Model { prompts: Prompts::new(shape, &device) }.attach(&PTuningConfig::new(5, 16))?;
 /// assert_eq!(model.trainable().trainable, 5 * 8 + 2 * 8 * 16 + 16 * 16 + 2 * 16 + 8);
-/// assert_eq!(model.prompts.prompt().tokens(), 5);
+/// assert_eq!(model.prompts.prompt().num_tokens(), 5);
 /// # Ok::<(), peft_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

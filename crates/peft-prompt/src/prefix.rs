@@ -29,7 +29,7 @@ use crate::{Besides, Encoder};
 /// assert_eq!(model.trainable().trainable, 2 * 5 * 3 * 2 * 4);
 ///
 /// let text = Tensor::<4>::zeros([1, 7, 2, 4], &device);
-/// let (keys, _values) = model.prompts.prompt().past(0, text.clone(), text);
+/// let (keys, _values) = model.prompts.prompt().behind_past(0, text.clone(), text);
 /// assert_eq!(keys.dims(), [1, 5 + 7, 2, 4]);
 /// # Ok::<(), peft_core::Error>(())
 /// ```

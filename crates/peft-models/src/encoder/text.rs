@@ -100,9 +100,9 @@ impl TextEmbeddings {
     pub(crate) fn forward(&self, text: &Text, prompt: &Prompt, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
         let words = prompt.before(self.words(text.ids.clone()));
         let dtype = words.dtype();
-        let text = &text.behind(prompt.tokens(), pad_id);
+        let text = &text.behind(prompt.num_tokens(), pad_id);
         let padding = (config.family == Family::Roberta).then_some(pad_id as i64);
-        let positions = positions(text, padding, prompt.past_tokens() as i64);
+        let positions = positions(text, padding, prompt.num_past() as i64);
         let mut x = words + embedding_as(&self.position_embeddings, positions, dtype);
         if let Some(table) = &self.token_type_embeddings {
             let types = match &text.types {
