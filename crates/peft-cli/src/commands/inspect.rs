@@ -54,7 +54,12 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     if config.get("r").is_some() {
         out.field("rank", format_args!("{}, alpha {}", given("r"), given("lora_alpha")))?;
     }
-    out.field("targets", given("target_modules"))?;
+    if config.get("target_modules").is_some() {
+        out.field("targets", given("target_modules"))?;
+    }
+    if config.get("num_virtual_tokens").is_some() {
+        out.field("prompt", format_args!("{} virtual tokens", given("num_virtual_tokens")))?;
+    }
     out.field(
         "tensors",
         format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size as u64)),
