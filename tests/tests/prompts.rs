@@ -165,23 +165,26 @@ fn encoded<M: Method<Adapter = PromptAdapter>>(case: &Case) {
     assert!(deviation(&prompt(out.path()), &prompt(&from)) < 1e-5, "{}", case.path);
 }
 
-/// Values of a fixed prefix are keys and values of a text: the model then says what it says behind that text.
+/// The model with a prompt made of `text` says of what follows what it says behind that text.
+fn is_that_text(name: &str, prompted: impl FnOnce(CausalLm, Tensor<2, Int>, usize) -> CausalLm) {
+    let device = Device::flex();
+    let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &device);
+    let (text, rest) = ([5, 9, 2, 7], [3, 1, 8]);
+    let whole = model(name).forward(ids(&[&text[..], &rest[..]].concat())).narrow(1, text.len(), rest.len());
+    let found = prompted(model(name), ids(&text), text.len()).forward(ids(&rest));
+    let [found, whole] = [found, whole].map(|logits| logits.into_data().iter::<f32>().collect::<Vec<_>>());
+    let found = deviation(&found, &whole);
+    assert!(found < 1e-5, "{name}: {found}");
+}
+
+/// Keys and values of a text are a prefix that is that text.
 #[test]
 fn a_prefix_of_a_text_is_that_text() {
     for name in ["llama", "qwen2", "gpt2"] {
-        let base = model(name);
-        let device = Device::flex();
-        let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &device);
-        let (text, rest) = ([5, 9, 2, 7], [3, 1, 8]);
-        let whole = base.forward(ids(&[&text[..], &rest[..]].concat())).narrow(1, text.len(), rest.len());
-        let prefix = base.past_of(ids(&text));
-        let values: Vec<f32> = prefix.into_data().iter::<f32>().collect();
-        let model = start_at(base, &PrefixTuningConfig::new(text.len()), &values, 0).unwrap();
-        let found = deviation(
-            &model.forward(ids(&rest)).into_data().iter::<f32>().collect::<Vec<_>>(),
-            &whole.into_data().iter::<f32>().collect::<Vec<_>>(),
-        );
-        assert!(found < 1e-5, "{name}: {found}");
+        is_that_text(name, |base, text, n| {
+            let values: Vec<f32> = base.past_of(text).into_data().iter().collect();
+            start_at(base, &PrefixTuningConfig::new(n), &values, 0).unwrap()
+        });
     }
 }
 
@@ -189,18 +192,10 @@ fn a_prefix_of_a_text_is_that_text() {
 #[test]
 fn a_prompt_of_a_text_is_that_text() {
     for name in ["llama", "gpt2"] {
-        let base = model(name);
-        let device = Device::flex();
-        let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), &device);
-        let (text, rest) = ([5, 9, 2], [3, 1, 8, 4]);
-        let whole = base.forward(ids(&[&text[..], &rest[..]].concat())).narrow(1, text.len(), rest.len());
-        let values: Vec<f32> = base.embed(ids(&text)).into_data().iter::<f32>().collect();
-        let model = start_at(base, &PromptTuningConfig::new(text.len()), &values, 0).unwrap();
-        let found = deviation(
-            &model.forward(ids(&rest)).into_data().iter::<f32>().collect::<Vec<_>>(),
-            &whole.into_data().iter::<f32>().collect::<Vec<_>>(),
-        );
-        assert!(found < 1e-5, "{name}: {found}");
+        is_that_text(name, |base, text, n| {
+            let values: Vec<f32> = base.embed(text).into_data().iter().collect();
+            start_at(base, &PromptTuningConfig::new(n), &values, 0).unwrap()
+        });
     }
 }
 
