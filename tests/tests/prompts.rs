@@ -242,6 +242,14 @@ fn prompts_that_do_not_fit_are_refused() {
         }
         other => panic!("expected a wrong shape, found {:?}", other.map(|_| ())),
     }
+    // The encoder of an earlier adapter does not stay beside the next.
+    let dir = tempfile::tempdir().unwrap();
+    let encoded = PTuningConfig::new(2, 4);
+    save_adapter(&base().attach(&encoded).unwrap(), &encoded, None, dir.path()).unwrap();
+    assert!(dir.path().join(ENCODER_FILE).is_file());
+    let plain = PromptTuningConfig::new(2);
+    save_adapter(&base().attach(&plain).unwrap(), &plain, None, dir.path()).unwrap();
+    load_adapter::<_, PromptTuningConfig>(base(), dir.path()).unwrap();
     // A hidden file of nonsense beside an adapter is not mistaken for its encoder.
     let dir = tempfile::tempdir().unwrap();
     let (model, method) = (base().attach(&PTuningConfig::new(2, 4)).unwrap(), PTuningConfig::new(2, 4));

@@ -230,7 +230,7 @@ impl<M: Method> AdapterFile<M> {
         let mut tensors: BTreeMap<_, _> = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
         let base_fingerprint = fingerprint_of(&bytes, &path)?;
         let path = dir.join(ENCODER_FILE);
-        let method = if path.is_file() {
+        let method = if M::OF_MODEL && path.is_file() {
             let encoder = read_values(&path)?.into_iter();
             tensors.extend(encoder.map(|(key, values)| (format!("{ENCODER_PREFIX}{key}"), values)));
             method
@@ -261,8 +261,12 @@ impl<M: Method> AdapterFile<M> {
         let encoder = encoder.into_iter().map(|(key, values)| (key[ENCODER_PREFIX.len()..].to_owned(), values));
         let encoder = write_values(encoder, &dir.join(ENCODER_FILE))?;
         let mut files: Vec<(&str, &[u8])> = vec![(TENSOR_FILE, &tensors), (CONFIG_FILE, config.as_bytes())];
+        let path = dir.join(ENCODER_FILE);
         if self.tensors.keys().any(|key| key.starts_with(ENCODER_PREFIX)) {
             files.push((ENCODER_FILE, &encoder));
+        } else if path.is_file() {
+            // That of an earlier adapter, which is whole without it.
+            std::fs::remove_file(&path).map_err(Error::io(&path))?;
         }
         write_atomically(dir, &files)
     }

@@ -70,15 +70,17 @@ fn next(settings: &Settings, pretrained: &Pretrained, rows: &[Row]) -> Result<Ve
     // The model learns to answer, rather than to continue.
     let chat = rows.iter().any(|row| matches!(row, Row::Chat { .. } | Row::Instruction { .. }));
     let prompt = if chat && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
-    if methods::by_name(&settings.method)?.peft_type().is_none() {
+    let method = methods::by_name(&settings.method)?;
+    if method.peft_type().is_none() {
         return Ok(vec![format!("peft generate --model {out} {prompt} \"…\"")]);
     }
     let bf16 = if settings.precision == FrozenType::Bf16 { " --precision bf16" } else { "" };
     let model = quoted(&pretrained.files.name) + &settings.packing.flags();
     // What belongs to the packed weights cannot be merged into others.
     let into = if settings.init == Init::Loftq { " --into unpacked" } else { "" };
-    Ok(vec![
-        format!("peft generate --model {model}{bf16} --adapter {out} {prompt} \"…\""),
-        format!("peft merge --model {model}{into} --adapter {out} --out merged"),
-    ])
+    let mut next = vec![format!("peft generate --model {model}{bf16} --adapter {out} {prompt} \"…\"")];
+    if method.merges {
+        next.push(format!("peft merge --model {model}{into} --adapter {out} --out merged"));
+    }
+    Ok(next)
 }

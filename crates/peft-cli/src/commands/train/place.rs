@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use peft_core::files::{CONFIG_FILE, TENSOR_FILE};
+use peft_core::files::{CONFIG_FILE, ENCODER_FILE, TENSOR_FILE};
 use peft_train::TASK_FILE;
 
 use crate::settings::FILE;
@@ -19,7 +19,7 @@ impl Made {
     /// Its own files.
     pub(super) fn files(self) -> &'static [&'static str] {
         match self {
-            Self::Adapter => &[TENSOR_FILE, CONFIG_FILE, TASK_FILE],
+            Self::Adapter => &[TENSOR_FILE, CONFIG_FILE, ENCODER_FILE, TASK_FILE],
             Self::Model => &["model.safetensors", "config.json"],
         }
     }
