@@ -138,6 +138,8 @@ impl Start {
 pub(super) trait Reads: Module {
     /// Number of tokens there are.
     fn vocabulary(&self) -> usize;
+    /// Most tokens of a text.
+    fn room(&self) -> usize;
     /// `[n, width]`
     fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3>;
     /// `[n, 2·blocks, kv_heads, head_dim]`
@@ -147,6 +149,10 @@ pub(super) trait Reads: Module {
 impl Reads for CausalLm {
     fn vocabulary(&self) -> usize {
         self.config().vocab_size()
+    }
+
+    fn room(&self) -> usize {
+        self.max_tokens()
     }
 
     fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3> {
@@ -163,6 +169,10 @@ impl Reads for Encoder {
         self.config().vocab_size().unwrap_or_default()
     }
 
+    fn room(&self) -> usize {
+        self.max_tokens().unwrap_or_default()
+    }
+
     fn embeddings(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         self.embed(ids)
     }
@@ -177,20 +187,14 @@ pub(super) trait Prompts: Method<Adapter = PromptAdapter> {
     /// Whether it is virtual tokens, rather than keys and values.
     const TOKENS: bool = true;
 
-    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32>;
-}
-
-impl Prompts for PromptTuningConfig {
     fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
         model.embeddings(ids).into_data().iter().collect()
     }
 }
 
-impl Prompts for PTuningConfig {
-    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
-        PromptTuningConfig::values(model, ids)
-    }
-}
+impl Prompts for PromptTuningConfig {}
+
+impl Prompts for PTuningConfig {}
 
 impl Prompts for PrefixTuningConfig {
     const TOKENS: bool = false;
@@ -205,6 +209,8 @@ impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
         // What a model without a place for prompts has no vocabulary for is refused as that.
         let vocabulary = model.vocabulary();
         let ids = if vocabulary > 0 { self.start.ids(files, vocabulary, seed)? } else { None };
+        // A prompt that is too long is refused when it is attached; the model could not read it.
+        let ids = ids.filter(|ids| ids.len() < model.room());
         let Some(ids) = ids else { return Ok(attach(model, &self.method, seed)?) };
         let device = model.devices().into_iter().next().unwrap_or_default();
         let count = ids.len();

@@ -68,6 +68,7 @@ fn settings_that_prompts_do_not_have_are_refused() {
     assert!(refusal("prompt", &["--prompt-text", ""]).contains("there is no token in it"));
     assert!(refusal("prompt", &["--num-virtual-tokens", "0"]).contains("num_virtual_tokens"));
     assert!(refusal("prompt", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
+    assert!(refusal("prefix", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
     assert!(refusal("prompt", &["--pack"]).contains("--pack"));
     assert!(refusal("lora", &["--prompt-text", "x"]).contains("--prompt-text: lora has no such setting"));
 }
