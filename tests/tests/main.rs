@@ -8,5 +8,6 @@ mod golden;
 mod hostile;
 mod labels;
 mod packed;
+mod prompt_variants;
 mod prompts;
 mod training;

@@ -5,10 +5,12 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::files::{ENCODER_FILE, peft_type, read_values, write_values};
-use peft_core::{AdapterFile, Error, Method, Peft as _, Problem, load_adapter, save_adapter};
+use peft_core::{AdapterFile, Error, Method, Peft as _, Problem, for_tasks, load_adapter, save_adapter};
 use peft_models::encoder::Input;
 use peft_models::{CausalLm, Sampling, generate};
-use peft_prompt::{PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptTuningConfig, start_at};
+use peft_prompt::{
+    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptTuningConfig, start_at,
+};
 use serde::Deserialize;
 
 use crate::encoders::{encoder, real, text};
@@ -36,11 +38,13 @@ fn base(case: &Case) -> CausalLm {
     model(case.base.strip_prefix("models/").unwrap())
 }
 
-/// The first 16 columns of the logits of the tokens that all cases share.
+/// The first 16 columns of the logits of the tokens that all cases share, with the tasks of their rows.
 fn logits(model: &CausalLm) -> Vec<f32> {
-    let (shape, tokens) = ints(&testdata().join("prompts/inputs.safetensors"), "tokens");
+    let inputs = testdata().join("prompts/inputs.safetensors");
+    let ((shape, tokens), (_, of)) = (ints(&inputs, "tokens"), ints(&inputs, "task_ids"));
     let ids = Tensor::<2, Int>::from_data(TensorData::new(tokens, shape), &Device::flex());
-    model.forward(ids).narrow(2, 0, 16).into_data().iter::<f32>().collect()
+    let of: Vec<usize> = of.into_iter().map(|task| task as usize).collect();
+    for_tasks(&of, || model.forward(ids)).narrow(2, 0, 16).into_data().iter::<f32>().collect()
 }
 
 /// Loads the adapter, compares, writes it again and compares the files.
@@ -84,15 +88,16 @@ fn goes_back<T: Module, M: Method>(model: &T, method: &M, case: &Case) {
 #[test]
 fn prompts_of_peft_give_its_logits_and_go_back() {
     let mut seen = 0;
-    for case in all(&["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"]) {
+    for case in all(&["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"]) {
         match peft_type(&testdata().join(&case.path)).unwrap().as_str() {
             "PROMPT_TUNING" => hold::<PromptTuningConfig>(&case),
+            "MULTITASK_PROMPT_TUNING" => hold::<MultitaskPromptTuningConfig>(&case),
             "PREFIX_TUNING" => hold::<PrefixTuningConfig>(&case),
             _ => hold::<PTuningConfig>(&case),
         }
         seen += 1;
     }
-    assert_eq!(seen, 29, "a golden prompt is missing");
+    assert_eq!(seen, 32, "a golden prompt is missing");
 }
 
 /// The text that PEFT generates, token by token behind a cache that holds the prompt.

@@ -9,7 +9,7 @@ use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{End, Method, Prompt, PromptShape, Quantized};
+use crate::{End, Method, Prompt, Quantized, Reading};
 
 /// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
@@ -40,10 +40,15 @@ pub trait Activation {
         end.close()
     }
 
-    /// What stands in front of every row, in a model of that shape.
-    fn prompt(&self, shape: &PromptShape) -> Prompt {
-        let _ = shape;
+    /// What stands in front of the rows of a batch.
+    fn prompt(&self, reading: &Reading<'_>) -> Prompt {
+        let _ = reading;
         Prompt::default()
+    }
+
+    /// How many positions of a row that takes.
+    fn prompt_positions(&self) -> usize {
+        0
     }
 
     /// Adapted embeddings, `[rows, width]`: what goes into the model's blocks in place of `x`.

@@ -30,6 +30,7 @@ mod report;
 mod site;
 mod sub_layer;
 mod targets;
+mod tasks;
 mod walk;
 
 pub use activation::{
@@ -49,10 +50,11 @@ pub use method::{FileTensor, Method};
 pub use named::Named;
 /// The custom operations, on which the activation seam rests.
 pub use peft_kernels as kernels;
-pub use prompts::{Prompt, PromptShape, Prompts};
+pub use prompts::{Prompt, PromptShape, Prompts, Reading, mean_of_tokens};
 pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, rng_of, scan};
 pub use sub_layer::{End, Norm, SubLayer};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};
+pub use tasks::{for_tasks, tasks};
 pub use walk::{ParamMapper, ParamVisitor, map_params, visit_params};

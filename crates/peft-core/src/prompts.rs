@@ -1,7 +1,7 @@
 //! The place of learned inputs: virtual tokens in front of a model's embeddings, learned keys and values in front of those of its blocks.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use crate::activation::adapter;
 use crate::sub_layer::new_place;
@@ -21,6 +21,8 @@ pub struct PromptShape {
     pub head_dim: usize,
     /// Most tokens of a row, virtual ones included.
     pub positions: usize,
+    /// Whether a token sees only those before it.
+    pub causal: bool,
 }
 
 impl PromptShape {
@@ -31,17 +33,18 @@ impl PromptShape {
 
     /// The shape that a visitor was told by entering `container`.
     pub(crate) fn announced(container: &str) -> Option<Self> {
-        let mut numbers = container.strip_prefix(ANNOUNCED)?.split(' ').map(str::parse);
+        let mut numbers = container.strip_prefix(ANNOUNCED)?.split(' ').map(str::parse::<usize>);
         let mut next = || numbers.next()?.ok();
-        Some(Self { width: next()?, blocks: next()?, kv_heads: next()?, head_dim: next()?, positions: next()? })
+        let (width, blocks, kv_heads, head_dim) = (next()?, next()?, next()?, next()?);
+        Some(Self { width, blocks, kv_heads, head_dim, positions: next()?, causal: next()? == 1 })
     }
 }
 
 const ANNOUNCED: &str = "PromptShape:";
 
 peft_kernels::marker_module!(PromptShape, |shape| {
-    let PromptShape { width, blocks, kv_heads, head_dim, positions } = shape;
-    format!("{ANNOUNCED}{width} {blocks} {kv_heads} {head_dim} {positions}")
+    let PromptShape { width, blocks, kv_heads, head_dim, positions, causal } = shape;
+    format!("{ANNOUNCED}{width} {blocks} {kv_heads} {head_dim} {positions} {}", usize::from(*causal))
 });
 
 /// A field of a model that takes prompts; no parameter of the model.
@@ -55,8 +58,8 @@ peft_kernels::marker_module!(PromptShape, |shape| {
 ///
 /// impl Model {
 ///     fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-///         let prompt = self.prompts.prompt();
-///         let x = prompt.before(embedding(&self.embeddings, ids)); // [batch, virtual + seq, width]
+///         let x = embedding(&self.embeddings, ids.clone());
+///         let (x, prompt) = self.prompts.enter(x, &ids, None); // [batch, virtual + seq, width]
 ///         // … through blocks, whose keys and values stand behind `prompt.behind_past` …
 ///         prompt.behind(x) // [batch, seq, width]
 ///     }
@@ -69,60 +72,100 @@ pub struct Prompts {
     shape: PromptShape,
 }
 
+/// The batch that a prompt is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// The model.
+    pub shape: &'a PromptShape,
+    /// Embeddings of the text, `[batch, seq, width]`.
+    pub x: &'a Tensor<3>,
+    /// `[batch, seq]`: 1 for a token of the text, 0 for padding; nothing when there is none.
+    pub mask: Option<&'a Tensor<2, Int>>,
+}
+
+impl Reading<'_> {
+    /// The mean of the embeddings of each text, `[batch, 1, width]`.
+    pub fn mean(&self) -> Tensor<3> {
+        mean_of_tokens(self.x.clone(), self.mask)
+    }
+}
+
+/// The mean of `x` `[batch, seq, width]` over the tokens where `mask` `[batch, seq]` is 1, or over all: `[batch, 1, width]`.
+pub fn mean_of_tokens(x: Tensor<3>, mask: Option<&Tensor<2, Int>>) -> Tensor<3> {
+    let Some(mask) = mask else { return x.mean_dim(1) };
+    // A row of padding alone has no mean; zero is what it gets.
+    let count = mask.clone().sum_dim(1).clamp_min(1).float().cast(x.dtype()); // [batch, 1]
+    let sum = mask.clone().float().cast(x.dtype()).unsqueeze_dim::<3>(1).matmul(x);
+    sum / count.unsqueeze_dim::<3>(2)
+}
+
 impl Prompts {
     /// The place in a model of that shape.
     pub fn new(shape: PromptShape, device: &Device) -> Self {
         Self { place: new_place(shape.width, device), shape }
     }
 
-    /// What is learned; nothing without an adapter.
-    pub fn prompt(&self) -> Prompt {
-        adapter(&self.place).flatten().map_or_else(Prompt::default, |adapter| adapter.prompt(&self.shape))
+    /// How many positions of a row are taken by what is learned; none without an adapter.
+    pub fn positions(&self) -> usize {
+        adapter(&self.place).flatten().map_or(0, |adapter| adapter.prompt_positions())
+    }
+
+    /// The embeddings of a batch with its virtual tokens, and what stands in front of it besides; `x` and nothing without an adapter.
+    ///
+    /// # Shapes
+    /// `x`: `[batch, seq, width]`; `ids`, and `mask` with 0 for padding: `[batch, seq]`; result `[batch, n + seq, width]`
+    pub fn enter(&self, x: Tensor<3>, ids: &Tensor<2, Int>, mask: Option<&Tensor<2, Int>>) -> (Tensor<3>, Prompt) {
+        let Some(adapter) = adapter(&self.place).flatten() else { return (x, Prompt::default()) };
+        let prompt = adapter.prompt(&Reading { shape: &self.shape, x: &x, mask });
+        (prompt.join(x, ids), prompt)
     }
 }
 
-/// What stands in front of the rows of a batch.
+/// What stands in front of the rows of a batch. What is the same for all rows is there once.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
-    /// Virtual tokens, `[n, width]`.
-    pub tokens: Option<Tensor<2>>,
-    /// Keys and values of each block, `[n, 2·blocks, kv_heads, head_dim]`: first the keys of the first block, then its values, and so on.
-    pub past: Option<Tensor<4>>,
+    /// Virtual tokens, `[1 or batch, n, width]`.
+    pub tokens: Option<Tensor<3>>,
+    /// The token whose places in the text the virtual tokens take, in their order; they stand in front where it is `None`.
+    pub placeholder: Option<u32>,
+    /// Keys and values of blocks, `[1 or batch, n, 2·blocks, kv_heads, head_dim]`: first the keys of the first block, then its values, and so on.
+    pub past: Option<Tensor<5>>,
+    /// The blocks that have keys and values in `past`; all when `None`.
+    pub blocks: Option<Vec<usize>>,
+    /// How many positions later the text begins because of `past`.
+    pub shift: usize,
 }
 
 impl Prompt {
-    /// How many positions it takes.
-    pub fn len(&self) -> usize {
-        self.num_tokens() + self.num_past()
-    }
-
-    /// Whether there is nothing in front.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// How many virtual tokens there are.
+    /// How many virtual tokens stand in front.
     pub fn num_tokens(&self) -> usize {
-        self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[0])
+        if self.placeholder.is_some() { 0 } else { self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[1]) }
     }
 
-    /// How many keys there are in front of those of a block.
-    pub fn num_past(&self) -> usize {
-        self.past.as_ref().map_or(0, |past| past.dims()[0])
+    /// How many learned keys stand in front of those of that block.
+    pub fn num_past(&self, block: usize) -> usize {
+        self.past.as_ref().filter(|_| self.at(block).is_some()).map_or(0, |past| past.dims()[1])
     }
 
-    /// `x` behind the virtual tokens.
-    ///
-    /// # Shapes
-    /// `[batch, seq, width]` to `[batch, n + seq, width]`
-    pub fn before(&self, x: Tensor<3>) -> Tensor<3> {
-        match &self.tokens {
-            Some(tokens) => {
-                let tokens = tokens.clone().cast(x.dtype()).unsqueeze_dim::<3>(0).repeat_dim(0, x.dims()[0]);
-                Tensor::cat(vec![tokens, x], 1)
-            }
-            None => x,
+    /// Which of the blocks in `past` that one is.
+    fn at(&self, block: usize) -> Option<usize> {
+        match &self.blocks {
+            Some(blocks) => blocks.iter().position(|each| *each == block),
+            None => Some(block),
         }
+    }
+
+    /// `x` with the virtual tokens.
+    fn join(&self, x: Tensor<3>, ids: &Tensor<2, Int>) -> Tensor<3> {
+        let Some(tokens) = &self.tokens else { return x };
+        let tokens = rows(tokens.clone().cast(x.dtype()), x.dims()[0]);
+        let Some(placeholder) = self.placeholder else { return Tensor::cat(vec![tokens, x], 1) };
+        let [_, n, width] = tokens.dims();
+        let here = ids.clone().equal_elem(placeholder); // [batch, seq]
+        // Each place gets the virtual token of its number in the row; the last one stands for those that are missing.
+        let number = (here.clone().int().cumsum(1) - 1).clamp(0, n as i64 - 1);
+        let token = tokens.gather(1, number.unsqueeze_dim::<3>(2).repeat_dim(2, width)); // [batch, seq, width]
+        x.mask_where(here.unsqueeze_dim::<3>(2).repeat_dim(2, width), token)
     }
 
     /// What belongs to the tokens behind the virtual ones.
@@ -139,12 +182,20 @@ impl Prompt {
     /// # Shapes
     /// `[batch, seq, kv_heads, head_dim]` to `[batch, n + seq, kv_heads, head_dim]`
     pub fn behind_past(&self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let Some(past) = &self.past else { return (keys, values) };
+        let (Some(past), Some(at)) = (&self.past, self.at(block)) else { return (keys, values) };
         let before = |at: usize, x: Tensor<4>| {
-            let [n, _, heads, head_dim] = past.dims();
-            let learned = past.clone().narrow(1, at, 1).reshape([1, n, heads, head_dim]);
-            Tensor::cat(vec![learned.cast(x.dtype()).repeat_dim(0, x.dims()[0]), x], 1)
+            let learned = past.clone().narrow(2, at, 1).squeeze_dim::<4>(2).cast(x.dtype());
+            Tensor::cat(vec![rows(learned, x.dims()[0]), x], 1)
         };
-        (before(2 * block, keys), before(2 * block + 1, values))
+        (before(2 * at, keys), before(2 * at + 1, values))
     }
+}
+
+/// `[1 or batch, …]` to `[batch, …]`.
+fn rows<const D: usize>(learned: Tensor<D>, batch: usize) -> Tensor<D> {
+    if learned.dims()[0] == 1 {
+        return learned.repeat_dim(0, batch);
+    }
+    assert_eq!(learned.dims()[0], batch, "a prompt for each row of the batch");
+    learned
 }

@@ -1,8 +1,8 @@
 //! What the blocks of a pass share: where each token is and what it sees; and the cache of keys and values.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::Prompt;
 use peft_core::kernels::{Sight, attention, rope};
+use peft_core::{Prompt, Prompts};
 
 use crate::config::{Rope, RopeScaling};
 
@@ -24,6 +24,8 @@ pub enum Layout<'a> {
 /// What every block of one forward pass shares.
 #[derive(Clone, Debug)]
 pub(crate) struct Pass {
+    /// The place of each token in its sequence, behind what is in the cache and learned keys: a row for all, or one for each.
+    pub(crate) positions: Vec<Vec<u32>>,
     /// `[1 or batch, seq, 1, head_dim]`: cosines of the pairs, then their sines; nothing without a rotary embedding.
     angles: Option<Tensor<4>>,
     /// `[batch, seq]`, where rows hold several sequences.
@@ -33,24 +35,28 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
-    /// Prepares `seq` new tokens, virtual ones included, behind those of a cache.
+    /// Prepares `seq` new tokens, virtual ones included, behind those of a cache, which counts them.
     pub(crate) fn new(
         layout: Layout<'_>,
         prompt: Prompt,
-        cache: Option<&KvCache>,
+        cache: Option<&mut KvCache>,
         seq: usize,
         rope: Option<(&Rope, usize)>,
         device: &Device,
     ) -> Self {
         let device = &device.clone().without_autodiff();
-        let rows = positions(layout, &prompt, cache, seq);
+        let past = cache.as_deref().map_or(0, KvCache::len) + prompt.shift;
+        if let Some(cache) = cache {
+            cache.positions = past + seq;
+        }
+        let positions = positions(layout, &prompt, past, seq);
         let angles = rope.map(|(rope, head_dim)| {
             let frequencies = rope.frequencies(head_dim);
             let turns = |position: u32| frequencies.iter().map(move |f| f64::from(position) * f);
-            let values = rows.iter().flatten().flat_map(|position| {
+            let values = positions.iter().flatten().flat_map(|position| {
                 turns(*position).map(f64::cos).chain(turns(*position).map(f64::sin)).map(|value| value as f32)
             });
-            let data = TensorData::new(values.collect::<Vec<f32>>(), [rows.len(), seq, 1, head_dim]);
+            let data = TensorData::new(values.collect::<Vec<f32>>(), [positions.len(), seq, 1, head_dim]);
             Tensor::from_data(data, device)
         });
         let segments = match layout {
@@ -60,7 +66,7 @@ impl Pass {
                 Some(Tensor::from_data(TensorData::new(values, [segments.len(), seq]), device))
             }
         };
-        Self { angles, segments, prompt }
+        Self { positions, angles, segments, prompt }
     }
 
     /// Turns each half-split pair of `x` `[batch, seq, heads, head_dim]` by the angle of its position.
@@ -85,24 +91,28 @@ impl Pass {
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let (k, v) = self.prompt.behind_past(block, k, v);
-        let mut prefix = self.prompt.num_past();
-        let (k, v) = match cache {
-            Some(cache) => {
-                prefix = prefix.max(cache.prefix);
-                cache.prefix = prefix;
-                cache.extend(block, k, v)
-            }
-            None => (k, v),
+        let new = Seen { keys: k, values: v, prefix: self.prompt.num_past(block) };
+        let Seen { keys, values, prefix } = match cache {
+            Some(cache) => cache.extend(block, new),
+            None => new,
         };
         let scale = (q.dims()[3] as f64).sqrt().recip();
         let sight = Sight { causal: true, window, prefix };
-        attention(q, k, v, self.segments.clone(), sight, scale).flatten(2, 3)
+        attention(q, keys, values, self.segments.clone(), sight, scale).flatten(2, 3)
     }
 }
 
-/// The place of each token in its sequence, behind what is in the cache and learned keys: a row for all, or one for each.
-pub(crate) fn positions(layout: Layout<'_>, prompt: &Prompt, cache: Option<&KvCache>, seq: usize) -> Vec<Vec<u32>> {
-    let past = cache.map_or(0, KvCache::len) + prompt.num_past();
+/// What a pass begins with: embeddings with what is learned in front of them, unless that is in the cache.
+pub(crate) fn enter(
+    prompts: &Prompts,
+    x: Tensor<3>,
+    ids: &Tensor<2, Int>,
+    cache: Option<&KvCache>,
+) -> (Tensor<3>, Prompt) {
+    if cache.is_none_or(KvCache::is_empty) { prompts.enter(x, ids, None) } else { (x, Prompt::default()) }
+}
+
+fn positions(layout: Layout<'_>, prompt: &Prompt, past: usize, seq: usize) -> Vec<Vec<u32>> {
     match layout {
         Layout::Rows => vec![(past..past + seq).map(|position| position as u32).collect()],
         Layout::Packed { positions, .. } => {
@@ -141,15 +151,23 @@ impl Rope {
 /// Keys and values of the tokens that were seen, one entry a block.
 #[derive(Clone, Debug, Default)]
 pub struct KvCache {
-    blocks: Vec<(Tensor<4>, Tensor<4>)>,
+    blocks: Vec<Seen>,
+    positions: usize,
+}
+
+/// What a block saw, `[batch, seq, kv_heads, head_dim]`.
+#[derive(Clone, Debug)]
+struct Seen {
+    keys: Tensor<4>,
+    values: Tensor<4>,
     /// How many of them were learned, and are seen whatever the window.
     prefix: usize,
 }
 
 impl KvCache {
-    /// Tokens seen so far, virtual and learned ones included.
+    /// Positions taken so far: those of tokens, virtual ones included, and of learned keys.
     pub fn len(&self) -> usize {
-        self.blocks.first().map_or(0, |(keys, _)| keys.dims()[1])
+        self.positions
     }
 
     /// Whether nothing was seen yet.
@@ -159,15 +177,19 @@ impl KvCache {
 
     /// Keys and values of the one row, `[seq, 2·blocks, kv_heads, head_dim]`.
     pub(crate) fn into_past(self) -> Tensor<4> {
-        let both = self.blocks.into_iter().flat_map(|(keys, values)| [keys, values]);
+        let both = self.blocks.into_iter().flat_map(|seen| [seen.keys, seen.values]);
         Tensor::cat(both.map(|x| x.swap_dims(0, 1)).collect(), 1)
     }
 
     /// Appends the new tokens of block `at` and hands out all.
-    fn extend(&mut self, at: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    fn extend(&mut self, at: usize, new: Seen) -> Seen {
         let joined = match self.blocks.get(at) {
-            Some((k, v)) => (Tensor::cat(vec![k.clone(), keys], 1), Tensor::cat(vec![v.clone(), values], 1)),
-            None => (keys, values),
+            Some(Seen { keys, values, prefix }) => Seen {
+                keys: Tensor::cat(vec![keys.clone(), new.keys], 1),
+                values: Tensor::cat(vec![values.clone(), new.values], 1),
+                prefix: *prefix,
+            },
+            None => new,
         };
         if at < self.blocks.len() {
             self.blocks[at] = joined.clone();

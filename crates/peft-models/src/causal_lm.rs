@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::Prompt;
+use peft_core::Prompts;
 use peft_core::kernels::Scores;
 
 use crate::attention::{KvCache, Layout};
@@ -39,7 +39,7 @@ impl CausalLm {
 
     /// Most tokens of a text, behind what is learned in front of it.
     pub fn max_tokens(&self) -> usize {
-        self.config().max_positions().saturating_sub(self.prompt(None).len())
+        self.config().max_positions().saturating_sub(self.prompts().positions())
     }
 
     /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, width]`.
@@ -50,11 +50,10 @@ impl CausalLm {
         }
     }
 
-    /// What stands in front of each row; nothing once it is in the cache.
-    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
+    fn prompts(&self) -> &Prompts {
         match self {
-            Self::Llama(model) => model.prompt(cache),
-            Self::Gpt2(model) => model.prompt(cache),
+            Self::Llama(model) => model.prompts(),
+            Self::Gpt2(model) => model.prompts(),
         }
     }
 

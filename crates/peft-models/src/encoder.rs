@@ -10,7 +10,7 @@ mod vision;
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::{AdapterAware, Embedded, Named, Prompt, PromptShape, Prompts, linear};
+use peft_core::{AdapterAware, Embedded, Named, PromptShape, Prompts, linear};
 
 pub use self::block::Naming;
 use self::block::{Block, Seen, new_norm, norm};
@@ -70,6 +70,7 @@ impl EncoderConfig {
             kv_heads: self.num_attention_heads,
             head_dim: self.hidden_size / self.num_attention_heads,
             positions: self.max_tokens()?,
+            causal: false,
         })
     }
 
@@ -158,7 +159,7 @@ impl Encoder {
 
     /// Most tokens of a text, behind what is learned in front of it; `None` for images.
     pub fn max_tokens(&self) -> Option<usize> {
-        Some(self.config.max_tokens()?.saturating_sub(self.prompt().len()))
+        Some(self.config.max_tokens()?.saturating_sub(self.body.prompts.as_ref().map_or(0, Prompts::positions)))
     }
 
     /// Embeddings of tokens, without positions and norm: `[batch, seq]` to `[batch, seq, hidden_size]`. What a prompt may start from.
@@ -184,11 +185,6 @@ impl Encoder {
         Tensor::cat(past.into_iter().map(|x| x.swap_dims(0, 1)).collect(), 1)
     }
 
-    /// What is learned in front of each row.
-    pub fn prompt(&self) -> Prompt {
-        self.body.prompts.as_ref().map_or_else(Prompt::default, Prompts::prompt)
-    }
-
     /// The hidden states, and what a head for a text or an image as a whole reads: the state of the first token, be it virtual.
     fn read(&self, input: &Input) -> (Tensor<3>, Tensor<3>) {
         self.read_with(input, |_, _| ())
@@ -196,12 +192,16 @@ impl Encoder {
 
     /// [`read`](Self::read), and shows each block with its input.
     fn read_with(&self, input: &Input, mut show: impl FnMut(&Block, &Tensor<3>)) -> (Tensor<3>, Tensor<3>) {
-        let mut seen = Seen { segments: None, prompt: self.prompt() };
+        let mut seen = Seen::default();
         let (mut x, input) = match (&self.body.embeddings, input, &self.config.input) {
             (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {
-                let x = table.forward(text, &seen.prompt, &self.config, *pad_token_id);
+                let mut words = table.words(text.ids.clone());
+                if let Some(prompts) = &self.body.prompts {
+                    (words, seen.prompt) = prompts.enter(words, &text.ids, text.mask.as_ref());
+                }
                 let text = text.behind(seen.prompt.num_tokens(), *pad_token_id);
                 seen.segments = text.segments();
+                let x = table.forward(words, &text, seen.prompt.shift, &self.config, *pad_token_id);
                 (x, Input::Text(text))
             }
             (Embeddings::Patches(patches), Input::Pixels(pixels), _) => {

@@ -5,10 +5,10 @@ use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearCon
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Nonlinearity, Scores, activate, linear_cross_entropy};
 use peft_core::{
-    AdapterAware, Embedded, Prompt, PromptShape, Prompts, SubLayer, embedding_as, layer_norm, linear_with, product,
+    AdapterAware, Embedded, PromptShape, Prompts, SubLayer, embedding_as, layer_norm, linear_with, product,
 };
 
-use crate::attention::{KvCache, Layout, Pass, positions, split_heads};
+use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
 use crate::config::Gpt2Config;
 
 /// A GPT-2 language model; its head is the embedding table.
@@ -79,6 +79,7 @@ impl Gpt2Config {
             kv_heads: self.n_head,
             head_dim: self.n_embd / self.n_head,
             positions: self.n_positions,
+            causal: true,
         }
     }
 
@@ -130,17 +131,16 @@ impl Gpt2 {
     /// When the sequence is longer than the position table.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let (model, device) = (&self.transformer, ids.device());
-        let prompt = self.prompt(cache.as_deref());
-        let x = prompt.before(self.embed(ids));
+        let (x, prompt) = enter(&model.prompts, self.embed(ids.clone()), &ids, cache.as_deref());
         let seq = x.dims()[1];
-        let rows = positions(layout, &prompt, cache.as_deref(), seq);
+        let pass = Pass::new(layout, prompt.clone(), cache.as_deref_mut(), seq, None, &device);
+        let rows = &pass.positions;
         let most = rows.iter().flatten().max().map_or(0, |last| *last as usize + 1);
         assert!(most <= self.config.n_positions, "{most} tokens, but {} positions", self.config.n_positions);
         let places: Vec<i64> = rows.iter().flatten().map(|position| i64::from(*position)).collect();
         let places = Tensor::<2, Int>::from_data(TensorData::new(places, [rows.len(), seq]), &device);
         let placed = embedding_as(&model.wpe, places, x.dtype());
         let mut x = model.invertible_adapters.enter(x + placed);
-        let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), seq, None, &device);
         for (at, block) in model.h.iter().enumerate() {
             let normed = self.norm(&block.ln_1, x.clone());
             let attended = block.attn.forward(normed, self.config.n_head, &pass, at, cache.as_deref_mut());
@@ -158,9 +158,9 @@ impl Gpt2 {
         embedding_as(&self.transformer.wte, ids, self.transformer.ln_f.gamma.val().dtype())
     }
 
-    /// What stands in front of each row; nothing once it is in the cache.
-    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
-        if cache.is_none_or(KvCache::is_empty) { self.transformer.prompts.prompt() } else { Prompt::default() }
+    /// The place of prompts.
+    pub(crate) fn prompts(&self) -> &Prompts {
+        &self.transformer.prompts
     }
 
     /// Logits of hidden states: `[rows, n_embd]` to `[rows, vocab_size]`.

@@ -8,11 +8,10 @@ use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNor
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
 use peft_core::{
-    AdapterAware, Embedded, Prompt, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear, product,
-    rms_norm,
+    AdapterAware, Embedded, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm,
 };
 
-use crate::attention::{KvCache, Layout, Pass, split_heads};
+use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
 use crate::config::LlamaConfig;
 
 /// A causal language model of the Llama family.
@@ -70,6 +69,7 @@ impl LlamaConfig {
             kv_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
             positions: self.max_position_embeddings,
+            causal: true,
         }
     }
 
@@ -127,10 +127,10 @@ impl Llama {
     /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, hidden_size]`.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let (config, model, device) = (&self.config, &self.model, ids.device());
-        let prompt = self.prompt(cache.as_deref());
-        let mut x = prompt.before(model.invertible_adapters.enter(self.embed(ids)));
+        let x = model.invertible_adapters.enter(self.embed(ids.clone()));
+        let (mut x, prompt) = enter(&model.prompts, x, &ids, cache.as_deref());
         let rope = Some((&config.rope, config.head_dim));
-        let pass = Pass::new(layout, prompt.clone(), cache.as_deref(), x.dims()[1], rope, &device);
+        let pass = Pass::new(layout, prompt.clone(), cache.as_deref_mut(), x.dims()[1], rope, &device);
         for (at, layer) in model.layers.iter().enumerate() {
             let normed = rms_norm(&layer.input_layernorm, x.clone());
             let attended = layer.self_attn.forward(normed, config, &pass, at, cache.as_deref_mut());
@@ -147,9 +147,9 @@ impl Llama {
         embedding_as(&self.model.embed_tokens, ids, self.model.norm.gamma.val().dtype())
     }
 
-    /// What stands in front of each row; nothing once it is in the cache.
-    pub fn prompt(&self, cache: Option<&KvCache>) -> Prompt {
-        if cache.is_none_or(KvCache::is_empty) { self.model.prompts.prompt() } else { Prompt::default() }
+    /// The place of prompts.
+    pub(crate) fn prompts(&self) -> &Prompts {
+        &self.model.prompts
     }
 
     /// Logits of hidden states: `[rows, hidden_size]` to `[rows, vocab_size]`.

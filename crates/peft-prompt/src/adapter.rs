@@ -1,62 +1,100 @@
-//! The state of a prompt method: what is learned, as it is used or as an encoder reads it.
+//! The state of a prompt method: what is learned, as it is used or as something computes it.
 
 use burn::module::{Module, Param, Reparameterization};
-use burn::tensor::Tensor;
-use peft_core::{Activation, Error, Prompt, PromptShape, Result, Site};
+use burn::tensor::{Int, Tensor};
+use peft_core::{Activation, Error, FileTensor, Prompt, PromptShape, Reading, Result, Site, tasks};
 
 use crate::encoder::Encoder;
+use crate::multitask::TaskFactors;
 
 /// What a prompt is used as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// Virtual tokens, `[n, width]`.
-    Tokens,
-    /// Keys and values of every block, `[n, 2·blocks·kv_heads·head_dim]`.
-    Past,
+    /// Virtual tokens, `[n, width]`: in front, or in the places of a token.
+    Tokens { placeholder: Option<u32> },
+    /// Keys and values of all blocks or of these, `[n, 2·blocks·kv_heads·head_dim]`.
+    Past { blocks: Option<Vec<usize>>, shifts: bool },
 }
 
 /// State of a prompt method in a model.
 #[derive(Module, Debug)]
 pub struct PromptAdapter {
-    /// What is used, without an encoder.
+    /// What is used, without an encoder; of several prompts one below the other.
     direct: Option<Param<Tensor<2>>>,
     /// What computes it, during training.
     encoder: Option<Encoder>,
+    /// What a task makes of it.
+    factors: Option<TaskFactors>,
+    /// Length of a prompt.
+    n: usize,
     #[module(skip)]
     used: Use,
 }
 
 impl PromptAdapter {
-    pub(crate) fn direct(values: Param<Tensor<2>>, used: Use) -> Self {
-        Self { direct: Some(values), encoder: None, used }
+    /// `values`: `[prompts·n, …]`
+    pub(crate) fn direct(values: Param<Tensor<2>>, n: usize, used: Use) -> Self {
+        Self { direct: Some(values), encoder: None, factors: None, n, used }
     }
 
-    pub(crate) fn encoded(encoder: Encoder, used: Use) -> Self {
-        Self { direct: None, encoder: Some(encoder), used }
+    pub(crate) fn encoded(encoder: Encoder, n: usize, used: Use) -> Self {
+        Self { direct: None, encoder: Some(encoder), factors: None, n, used }
+    }
+
+    pub(crate) fn with_factors(self, factors: TaskFactors) -> Self {
+        Self { factors: Some(factors), ..self }
     }
 
     /// What an encoder makes, for the file.
     pub(crate) fn computed(&self) -> Option<(&'static str, Tensor<2>)> {
-        self.encoder.as_ref().map(|encoder| (KEY, encoder.forward()))
+        self.encoder.as_ref().map(|encoder| (KEY, encoder.forward(None).squeeze_dim(0)))
     }
 
-    /// The prompt as it is used, `[n, values of a token]`.
-    pub fn values(&self) -> Tensor<2> {
-        match (&self.direct, &self.encoder) {
-            (Some(values), _) => values.val(),
-            (None, Some(encoder)) => encoder.forward(),
+    /// What is learned for the rows of a batch, `[1 or batch, n, values of a token]`.
+    fn learned(&self, reading: &Reading<'_>) -> Tensor<3> {
+        let values = match (&self.direct, &self.encoder) {
+            (Some(values), _) => self.chosen(values.val(), reading),
+            (None, Some(encoder)) => encoder.forward(Some(reading)),
             (None, None) => unreachable!("made with one of them"),
+        };
+        match &self.factors {
+            Some(factors) => values * factors.of(&rows_of(reading)),
+            None => values,
         }
     }
+
+    /// The prompt of each row's task, where there are several.
+    fn chosen(&self, values: Tensor<2>, reading: &Reading<'_>) -> Tensor<3> {
+        let [rows, width] = values.dims();
+        let prompts = values.reshape([rows / self.n, self.n, width]);
+        if rows == self.n { prompts } else { of_tasks(prompts, &rows_of(reading)) }
+    }
+}
+
+/// The tasks of the rows of a batch.
+fn rows_of(reading: &Reading<'_>) -> Vec<usize> {
+    tasks(reading.x.dims()[0])
+}
+
+/// What belongs to each of these tasks, `[tasks, …]` to `[batch, …]`.
+pub(crate) fn of_tasks(all: Tensor<3>, tasks: &[usize]) -> Tensor<3> {
+    let [count, _, _] = all.dims();
+    let ids: Vec<i64> = tasks.iter().map(|task| *task as i64).collect();
+    assert!(tasks.iter().all(|task| *task < count), "tasks {tasks:?} of {count}");
+    let ids = Tensor::<1, Int>::from_data(&ids[..], &all.device());
+    all.select(0, ids)
 }
 
 /// The key of the prompt in PEFT's files.
 pub(crate) const KEY: &str = "prompt_embeddings";
 
-/// The key of a field: that of the prompt, or one of the encoder's file.
+/// The key of a field: that of the prompt, of a task's factors, or one of the encoder's file.
 pub(crate) fn key(field: &str) -> Option<(String, bool)> {
     if field == "direct" {
         return Some((KEY.to_owned(), false));
+    }
+    if let Some(factor) = field.strip_prefix("factors.") {
+        return Some((format!("prefix_task_{factor}"), false));
     }
     let (key, transposed) = Encoder::key(field.strip_prefix("encoder.")?)?;
     Some((format!("{}{key}", peft_core::files::ENCODER_PREFIX), transposed))
@@ -77,7 +115,7 @@ macro_rules! of_prompts {
         }
 
         fn tensors(_kind: peft_core::LayerKind) -> &'static [peft_core::FileTensor] {
-            &[peft_core::FileTensor { field: "direct", key: $crate::adapter::KEY, transposed: false }]
+            &$crate::adapter::TENSORS
         }
 
         fn key(_kind: peft_core::LayerKind, field: &str) -> Option<(String, bool)> {
@@ -104,6 +142,13 @@ macro_rules! of_prompts {
 
 pub(crate) use of_prompts;
 
+/// What the files of prompt methods hold, each of it as far as the method has it.
+pub(crate) const TENSORS: [FileTensor; 3] = [
+    FileTensor { field: "direct", key: KEY, transposed: false },
+    FileTensor { field: "factors.cols", key: "prefix_task_cols", transposed: false },
+    FileTensor { field: "factors.rows", key: "prefix_task_rows", transposed: false },
+];
+
 /// The shape of the model that prompts are for, which must have room for `n` virtual tokens and some text.
 pub(crate) fn shape_of(site: &Site, n: usize) -> Result<PromptShape> {
     let shape = site.prompt.ok_or_else(|| Error::config("num_virtual_tokens", "a place for prompts", &site.path))?;
@@ -129,15 +174,26 @@ impl Reparameterization for PromptAdapter {
 }
 
 impl Activation for PromptAdapter {
-    fn prompt(&self, shape: &PromptShape) -> Prompt {
-        let values = self.values();
-        match self.used {
-            Use::Tokens => Prompt { tokens: Some(values), past: None },
-            Use::Past => {
-                let n = values.dims()[0];
-                let past = values.reshape([n, 2 * shape.blocks, shape.kv_heads, shape.head_dim]);
-                Prompt { tokens: None, past: Some(past) }
+    fn prompt(&self, reading: &Reading<'_>) -> Prompt {
+        let (values, shape) = (self.learned(reading), reading.shape);
+        match &self.used {
+            Use::Tokens { placeholder } => {
+                Prompt { tokens: Some(values), placeholder: *placeholder, ..Prompt::default() }
             }
+            Use::Past { blocks, shifts } => {
+                let [rows, n, _] = values.dims();
+                let count = blocks.as_ref().map_or(shape.blocks, Vec::len);
+                let past = values.reshape([rows, n, 2 * count, shape.kv_heads, shape.head_dim]);
+                let shift = if *shifts { n } else { 0 };
+                Prompt { past: Some(past), blocks: blocks.clone(), shift, ..Prompt::default() }
+            }
+        }
+    }
+
+    fn prompt_positions(&self) -> usize {
+        match self.used {
+            Use::Tokens { placeholder: Some(_) } | Use::Past { shifts: false, .. } => 0,
+            _ => self.n,
         }
     }
 }

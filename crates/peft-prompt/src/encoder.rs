@@ -3,13 +3,14 @@
 //! With what is learned for each token, `E: [n, in]`:
 //! - projection: `tanh(E·A + a)·B + b` (Li & Liang 2021, arXiv:2101.00190, section 4.3)
 //! - MLP: `relu(relu(E·A + a)·B + b)·C + c` (PEFT's P-tuning)
-//! - LSTM: `relu(lstm(E)·A + a)·B + b`, in both directions (Liu et al. 2021, arXiv:2103.10385, section 3.2)
+//! - LSTM: `relu(lstm(E)·A + a)·B + b`, in both directions (Liu et al. 2021, arXiv:2103.10385, section 3.2); conditioned on the input, it reads the mean `s` of
+//!   the text's embeddings before them, `lstm([s; E])`, whose first output is left out
 //!
 //! Fields have the names of PEFT's modules, so that its encoders could be read.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, activation};
-use peft_core::{Dense, Site, Start};
+use peft_core::{Dense, Reading, Site, Start};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +27,8 @@ pub struct Encoder {
     lstm_head: Option<Lstm>,
     /// P-tuning's layers, with a rectifier between them.
     mlp_head: Vec<Dense>,
+    /// Whether the LSTM reads a summary of the text too.
+    conditioned: bool,
 }
 
 /// The encoder of P-tuning.
@@ -45,7 +48,7 @@ impl Encoder {
     pub(crate) fn projection(site: &Site, [n, width, inner, out]: [usize; 4], rng: &mut impl Rng) -> Self {
         let embedding = site.normal([n, width], 1.0, rng);
         let transform = vec![dense(site, width, inner, rng), dense(site, inner, out, rng)];
-        Self { embedding, transform, lstm_head: None, mlp_head: Vec::new() }
+        Self { embedding, transform, lstm_head: None, mlp_head: Vec::new(), conditioned: false }
     }
 
     /// Those of P-tuning: `[n, width]` through `inner` to the same.
@@ -65,17 +68,26 @@ impl Encoder {
             }
         };
         let mlp_head = widths.windows(2).map(|pair| dense(site, pair[0], pair[1], rng)).collect();
-        Self { embedding, transform: Vec::new(), lstm_head, mlp_head }
+        Self { embedding, transform: Vec::new(), lstm_head, mlp_head, conditioned: false }
     }
 
-    /// `[n, out]`
-    pub(crate) fn forward(&self) -> Tensor<2> {
-        let x = through(&self.transform, self.embedding.val(), Tensor::tanh);
+    /// The same with prompts that depend on the text; for an LSTM.
+    pub(crate) fn conditioned(self) -> Self {
+        Self { conditioned: true, ..self }
+    }
+
+    /// `[1 or batch, n, out]`; without a text that of one whose mean is zero.
+    pub(crate) fn forward(&self, reading: Option<&Reading<'_>>) -> Tensor<3> {
+        let x: Tensor<3> = through(&self.transform, self.embedding.val(), Tensor::tanh).unsqueeze_dim(0);
         let x = match &self.lstm_head {
+            Some(lstm) if self.conditioned => behind_summary(lstm, x, reading),
             Some(lstm) => lstm.forward(x),
             None => x,
         };
-        through(&self.mlp_head, x, activation::relu)
+        let [rows, n, _] = x.dims();
+        let x = through(&self.mlp_head, x.flatten(0, 1), activation::relu);
+        let width = x.dims()[1];
+        x.reshape([rows, n, width])
     }
 
     /// PEFT's name of a field, and whether it holds the transpose there. It counts nonlinearities among the layers.
@@ -90,6 +102,17 @@ impl Encoder {
         let (layers, at, parameter) = (parts.next()?, parts.next()?.parse::<usize>().ok()?, parts.next()?);
         Some((format!("{layers}.{}.{parameter}", 2 * at), parameter == "weight"))
     }
+}
+
+/// What an LSTM makes of `x` `[1, n, width]` behind the mean of each text, `[batch, n, 2·inner]`.
+fn behind_summary(lstm: &Lstm, x: Tensor<3>, reading: Option<&Reading<'_>>) -> Tensor<3> {
+    let [_, n, width] = x.dims();
+    let summary = match reading {
+        Some(reading) => reading.mean().cast(x.dtype()),
+        None => Tensor::zeros([1, 1, width], (&x.device(), x.dtype())),
+    }; // [batch, 1, width]
+    let x = x.repeat_dim(0, summary.dims()[0]);
+    lstm.forward(Tensor::cat(vec![summary, x], 1)).narrow(1, 1, n)
 }
 
 fn through(layers: &[Dense], mut x: Tensor<2>, between: impl Fn(Tensor<2>) -> Tensor<2>) -> Tensor<2> {

@@ -1,18 +1,22 @@
 //! Methods that learn inputs instead of weights: virtual tokens in front of the embeddings, keys and values in front of those of every block.
 
 mod adapter;
+mod bank;
 mod besides;
 mod encoder;
 mod lstm;
+mod multitask;
 mod p_tuning;
 mod prefix;
 mod prompt;
 mod start;
 
 pub use adapter::PromptAdapter;
+pub use bank::PromptBankConfig;
 pub use besides::Besides;
 pub use encoder::{Encoder, EncoderKind};
 pub use lstm::Lstm;
+pub use multitask::{MultitaskPromptTuningConfig, SourceTasks, TaskFactors};
 pub use p_tuning::PTuningConfig;
 pub use prefix::PrefixTuningConfig;
 pub use prompt::{PromptInit, PromptTuningConfig};

@@ -1,4 +1,4 @@
-//! A long short-term memory that reads the tokens of a prompt in both directions.
+//! A long short-term memory that reads the tokens of prompts in both directions.
 //!
 //! - formula: for each token `x` in order, `i, f, g, o = x·Wᵀ + b + s·Uᵀ + u`; `c ← σ(f)·c + σ(i)·tanh(g)`; `s ← σ(o)·tanh(c)`; the output is `s` of either direction, side by side
 //! - source: Hochreiter & Schmidhuber 1997; the order of gates and the two biases are PyTorch's
@@ -49,14 +49,14 @@ impl Lstm {
         Self { layers: (0..depth).map(layer).collect(), dropout: DropoutConfig::new(dropout).init() }
     }
 
-    /// `[n, width]` to `[n, 2·inner]`
-    pub(crate) fn forward(&self, mut x: Tensor<2>) -> Tensor<2> {
+    /// `[batch, n, width]` to `[batch, n, 2·inner]`
+    pub(crate) fn forward(&self, mut x: Tensor<3>) -> Tensor<3> {
         for (at, layer) in self.layers.iter().enumerate() {
             if at > 0 {
                 x = self.dropout.forward(x);
             }
-            let reverse = layer.reverse.forward(x.clone().flip([0])).flip([0]);
-            x = Tensor::cat(vec![layer.forward.forward(x), reverse], 1);
+            let reverse = layer.reverse.forward(x.clone().flip([1])).flip([1]);
+            x = Tensor::cat(vec![layer.forward.forward(x), reverse], 2);
         }
         x
     }
@@ -81,25 +81,25 @@ impl Direction {
         }
     }
 
-    /// `[n, in]` to `[n, inner]`, from the first row to the last.
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let [n, _] = x.dims();
+    /// `[batch, n, in]` to `[batch, n, inner]`, from the first token to the last.
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let [batch, n, _] = x.dims();
         let inner = self.weight_hh.val().dims()[1];
         let bias = (self.bias_ih.val() + self.bias_hh.val()).unsqueeze();
-        let read = x.matmul(self.weight_ih.val().transpose()) + bias; // [n, 4·inner]
+        let read = x.matmul(self.weight_ih.val().transpose().unsqueeze()) + bias; // [batch, n, 4·inner]
         let remember = self.weight_hh.val().transpose();
-        let mut state = Tensor::zeros([1, inner], (&read.device(), read.dtype()));
+        let mut state = Tensor::<2>::zeros([batch, inner], (&read.device(), read.dtype()));
         let mut cell = state.clone();
         let mut states = Vec::with_capacity(n);
         for at in 0..n {
-            let gates = read.clone().narrow(0, at, 1) + state.matmul(remember.clone());
+            let gates = read.clone().narrow(1, at, 1).squeeze_dim::<2>(1) + state.matmul(remember.clone());
             let gate = |number: usize| gates.clone().narrow(1, number * inner, inner);
             let (input, forget, output) = (sigmoid(gate(0)), sigmoid(gate(1)), sigmoid(gate(3)));
             cell = forget * cell + input * gate(2).tanh();
             state = output * cell.clone().tanh();
             states.push(state.clone());
         }
-        Tensor::cat(states, 0)
+        Tensor::stack(states, 1)
     }
 }
 

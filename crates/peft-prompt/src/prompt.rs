@@ -22,13 +22,14 @@ use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
 /// struct Model { embeddings: Embedding, prompts: Prompts }
 ///
 /// let device = Device::flex().autodiff();
-/// let shape = PromptShape { width: 8, blocks: 1, kv_heads: 1, head_dim: 8, positions: 16 };
+/// let shape = PromptShape { width: 8, blocks: 1, kv_heads: 1, head_dim: 8, positions: 16, causal: true };
 /// let model = Model { embeddings: EmbeddingConfig::new(10, 8).init(&device), prompts: Prompts::new(shape, &device) };
 /// let model = model.attach(&PromptTuningConfig::new(4))?;
 /// assert_eq!(model.trainable().trainable, 4 * 8);
 ///
-/// let x = embedding(&model.embeddings, Tensor::<2, Int>::zeros([2, 3], &device));
-/// assert_eq!(model.prompts.prompt().before(x).dims(), [2, 4 + 3, 8]);
+/// let ids = Tensor::<2, Int>::zeros([2, 3], &device);
+/// let (x, _prompt) = model.prompts.enter(embedding(&model.embeddings, ids.clone()), &ids, None);
+/// assert_eq!(x.dims(), [2, 4 + 3, 8]);
 /// # Ok::<(), peft_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,6 +89,6 @@ impl Method for PromptTuningConfig {
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
         let shape = shape_of(site, self.num_virtual_tokens)?;
         let values = site.normal([self.num_virtual_tokens, shape.width], 1.0, &mut site.rng(seed));
-        Ok(PromptAdapter::direct(values, Use::Tokens))
+        Ok(PromptAdapter::direct(values, self.num_virtual_tokens, Use::Tokens { placeholder: None }))
     }
 }

@@ -10,7 +10,7 @@ use crate::PromptAdapter;
 use crate::adapter::KEY;
 
 /// Attaches `method`, and starts its prompt at `values`, row-major: `[num_virtual_tokens, width]`, or for a prefix
-/// `[num_virtual_tokens, 2·blocks·kv_heads·head_dim]`, keys of the first block first.
+/// `[num_virtual_tokens, 2·blocks·kv_heads·head_dim]`, keys of the first block first; of several prompts one below the other.
 ///
 /// # Errors
 /// As [`attach`]; when an encoder computes the prompt, which cannot be asked for given values; and when there are too many or too few.

@@ -207,7 +207,7 @@ impl Block {
         let [k, v] = self.projected(&x, config);
         let (k, v) = seen.prompt.behind_past(at, k, v);
         let scale = (q.dims()[3] as f64).sqrt().recip();
-        let sight = Sight { prefix: seen.prompt.num_past(), ..Sight::default() };
+        let sight = Sight { prefix: seen.prompt.num_past(at), ..Sight::default() };
         let attended = attention(q, k, v, seen.segments.clone(), sight, scale);
         linear(&self.output, attended.flatten(2, 3))
     }

@@ -3,7 +3,7 @@
 use burn::module::{Initializer, Module};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::{Named, Prompt, embedding_as};
+use peft_core::{Named, embedding_as, mean_of_tokens};
 
 use super::block::{new_norm, norm};
 use crate::config::{EncoderConfig, Family};
@@ -56,10 +56,7 @@ impl Text {
 
     /// The mean of `x` `[batch, seq, hidden]` over real tokens: `[batch, 1, hidden]`.
     pub(crate) fn mean(&self, x: Tensor<3>) -> Tensor<3> {
-        let Some(mask) = &self.mask else { return x.mean_dim(1) };
-        // A row of padding alone has no mean; zero is what it gets.
-        let count = mask.clone().sum_dim(1).clamp_min(1).float().cast(x.dtype()); // [batch, 1]
-        pick(mask.clone(), x) / count.unsqueeze_dim::<3>(2)
+        mean_of_tokens(x, self.mask.as_ref())
     }
 }
 
@@ -96,13 +93,18 @@ impl TextEmbeddings {
         embedding_as(&self.word_embeddings, ids, self.norm.gamma.val().dtype())
     }
 
-    /// `[batch, seq]` to `[batch, n + seq, hidden]`, `n` virtual tokens first.
-    pub(crate) fn forward(&self, text: &Text, prompt: &Prompt, config: &EncoderConfig, pad_id: usize) -> Tensor<3> {
-        let words = prompt.before(self.words(text.ids.clone()));
+    /// `words` `[batch, seq, hidden]`, those of `text` and virtual ones, with positions that begin at `shift` and types.
+    pub(crate) fn forward(
+        &self,
+        words: Tensor<3>,
+        text: &Text,
+        shift: usize,
+        config: &EncoderConfig,
+        pad_id: usize,
+    ) -> Tensor<3> {
         let dtype = words.dtype();
-        let text = &text.behind(prompt.num_tokens(), pad_id);
         let padding = (config.family == Family::Roberta).then_some(pad_id as i64);
-        let positions = positions(text, padding, prompt.num_past() as i64);
+        let positions = positions(text, padding, shift as i64);
         let mut x = words + embedding_as(&self.position_embeddings, positions, dtype);
         if let Some(table) = &self.token_type_embeddings {
             let types = match &text.types {
