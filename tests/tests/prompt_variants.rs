@@ -202,7 +202,7 @@ fn a_prefix_can_be_in_some_blocks() {
         }
         // The text of a prefix, of which these blocks take their part.
         let past = model(name).past_of(ids(&[&[5, 9, 2]]));
-        let part = method.of_text(past.clone());
+        let part = method.of_text(past.clone()).unwrap();
         near(part.clone(), past.narrow(1, 2, 2));
         start_at(model(name), &method, &values(part), 0).unwrap();
     }

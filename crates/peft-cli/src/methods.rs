@@ -16,10 +16,12 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
-use peft_prompt::{PTuningConfig, PrefixTuningConfig, PromptTuningConfig};
+use peft_prompt::{
+    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig, PromptTuningConfig,
+};
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
-use prompts::{p_tuning, prefix, prompt};
+use prompts::{bank, multitask, p_tuning, prefix, prompt};
 use whole::Whole;
 
 use crate::model::FrozenType;
@@ -181,6 +183,26 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<PrefixTuningConfig>(PhantomData)),
     },
     Entry {
+        name: "multitask",
+        about: "a prompt that tasks share, and a factor for each --data (Wang et al. 2023, arXiv:2303.02861)",
+        formula: "x = [P ⊙ (C·R); embed(ids)]",
+        parameters: "in all: tokens · width + tasks · ranks · (tokens + width)",
+        learning_rate: 1e-2,
+        merges: false,
+        build: |settings| Ok(Box::new(multitask(settings)?)),
+        files: Some(&FilesOf::<MultitaskPromptTuningConfig>(PhantomData)),
+    },
+    Entry {
+        name: "prompt-bank",
+        about: "a prompt for each --data, in one model (Lester et al. 2021, arXiv:2104.08691)",
+        formula: "x = [Pₜ; embed(ids)]",
+        parameters: "in all: tasks · tokens · width",
+        learning_rate: 1e-2,
+        merges: false,
+        build: |settings| Ok(Box::new(bank(settings)?)),
+        files: Some(&FilesOf::<PromptBankConfig>(PhantomData)),
+    },
+    Entry {
         name: "full",
         about: "every parameter; the result is a model, not an adapter",
         formula: "y = x·W' + b'",
@@ -207,7 +229,7 @@ pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
     /// Which layers it adapts; nothing for what makes no adapter.
     fn targets(&self) -> Option<&Targets>;
 
-    /// Whether it puts tokens in front of a row, so that a row can be one sequence only.
+    /// Whether a row can be one sequence only.
     fn reads_ahead(&self) -> bool {
         false
     }
@@ -263,11 +285,11 @@ pub trait AdapterFiles: FilesOn<CausalLm> + FilesOn<Encoder> + Debug + Sync {
 
 /// What is done with the file of an adapter on a model of type `T`.
 pub trait FilesOn<T> {
-    /// `model` with the adapter in `dir`.
+    /// `model` with the adapter in `dir`, and how many tasks that tells apart.
     ///
     /// # Errors
     /// When the adapter cannot be read or is not one of this model.
-    fn load(&self, model: T, dir: &Path) -> Result<T>;
+    fn load(&self, model: T, dir: &Path) -> Result<(T, Option<usize>)>;
 
     /// `model` with the adapter in `dir` folded into its weights.
     ///
@@ -295,8 +317,9 @@ impl<M: Method> AdapterFiles for FilesOf<M> {
 }
 
 impl<T: Module, M: Method> FilesOn<T> for FilesOf<M> {
-    fn load(&self, model: T, dir: &Path) -> Result<T> {
-        Ok(load_adapter::<_, M>(model, dir)?.0)
+    fn load(&self, model: T, dir: &Path) -> Result<(T, Option<usize>)> {
+        let (model, method) = load_adapter::<_, M>(model, dir)?;
+        Ok((model, method.num_tasks()))
     }
 
     fn merge(&self, model: T, dir: &Path) -> Result<T> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use peft_core::files::tensors_of;
-use peft_core::{LayerKind, Targets, scan};
+use peft_core::{LayerKind, Targets, for_tasks, scan};
 use peft_models::config::Architecture;
 use peft_models::encoder::Naming;
 use peft_models::heads::has_hub_head;
@@ -13,6 +13,7 @@ use peft_models::{CausalLm, Encoder, EncoderOptions, ModelFiles, ModelSource, Pr
 use peft_train::task_of_adapter;
 use serde::{Deserialize, Serialize};
 
+use crate::methods::{AdapterFiles, FilesOn};
 use crate::packing::PackingArgs;
 use crate::{Error, Result, methods};
 
@@ -25,6 +26,9 @@ pub struct ModelArgs {
     /// Folder with `adapter_config.json` and `adapter_model.safetensors`, as `peft train` or Hugging Face PEFT writes it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// The task that an adapter for several is used for, from 0
+    #[arg(long, value_name = "N")]
+    pub task_id: Option<usize>,
     /// Type of the frozen matrices and of the products with them; sums and all else are f32
     #[arg(long, value_enum, default_value_t, value_name = "TYPE")]
     pub precision: FrozenType,
@@ -79,7 +83,7 @@ impl ModelArgs {
                 let adapter = self.adapter.as_deref();
                 let mut encoder = load_encoder(files, adapter, packing, precision, device)?;
                 if let Some(dir) = adapter {
-                    encoder.model = methods::of_adapter(dir)?.load(encoder.model, dir)?;
+                    encoder.model = self.attach(encoder.model, dir)?;
                 }
                 Loaded::Encoder(encoder)
             }
@@ -96,9 +100,38 @@ impl ModelArgs {
 
     fn adapted(&self, mut pretrained: Pretrained) -> Result<Pretrained> {
         if let Some(adapter) = &self.adapter {
-            pretrained.model = methods::of_adapter(adapter)?.load(for_adapter(pretrained.model, adapter)?, adapter)?;
+            pretrained.model = self.attach(for_adapter(pretrained.model, adapter)?, adapter)?;
         }
         Ok(pretrained)
+    }
+
+    fn attach<T>(&self, model: T, dir: &Path) -> Result<T>
+    where
+        dyn AdapterFiles: FilesOn<T>,
+    {
+        let (model, tasks) = methods::of_adapter(dir)?.load(model, dir)?;
+        match (self.task_id, tasks) {
+            (Some(id), None) => Err(Error::usage(
+                format!("--task-id {id}: the adapter in {} has no tasks", dir.display()),
+                "leave it out",
+            )),
+            (id, Some(tasks)) if id.map_or(tasks > 1, |id| id >= tasks) => {
+                let given = id.map_or("is missing".to_owned(), |id| format!("{id}: there is no such task"));
+                let what = format!("--task-id {given}; the adapter in {} has {tasks}", dir.display());
+                Err(Error::usage(what, format!("a number from 0 to {}", tasks - 1)))
+            }
+            _ => Ok(model),
+        }
+    }
+
+    /// The task that was asked for; the first of those that tell none apart.
+    pub fn task(&self) -> usize {
+        self.task_id.unwrap_or_default()
+    }
+
+    /// What `run` computes, as of that task.
+    pub fn for_task<R>(&self, run: impl FnOnce() -> R) -> R {
+        for_tasks(&[self.task()], run)
     }
 }
 

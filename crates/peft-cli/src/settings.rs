@@ -25,9 +25,10 @@ pub struct Settings {
     /// Hugging Face directory, .gguf file, hub id (owner/name), or `tiny`, the model inside this program
     #[arg(long)]
     pub model: Option<String>,
-    /// What to learn from; its formats are below
+    /// What to learn from; its formats are below. Given more than once, each file is a task of its own for methods that tell tasks apart
     #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub data: Vec<PathBuf>,
     /// What an encoder does with the rows, where their labels leave that open
     #[arg(long, value_parser = named::<TaskKind>(&["classify", "regress", "tokens"]))]
     pub task: Option<TaskKind>,
@@ -87,6 +88,15 @@ pub struct Settings {
     /// prompt, prefix: start from this text, cut or repeated to the length [default: from random tokens of the model]
     #[arg(long, help_heading = "Method", value_name = "TEXT")]
     pub prompt_text: Option<String>,
+    /// multitask: rank of what makes the shared prompt a task's own [default: 1]
+    #[arg(long, help_heading = "Method", value_name = "R")]
+    pub num_ranks: Option<usize>,
+    /// p-tuning: this token's places in the text are those of the virtual tokens, in their order [default: in front]
+    #[arg(long, help_heading = "Method", value_name = "TOKEN")]
+    pub placeholder: Option<String>,
+    /// p-tuning with an LSTM, for encoders: it reads a summary of the text too, so that texts get prompts of their own
+    #[arg(long, default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set, hide_possible_values = true, help_heading = "Method")]
+    pub input_conditioned: bool,
     /// prefix: an encoder computes the prefix during training
     #[arg(long, default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set, hide_possible_values = true, help_heading = "Method")]
     pub prefix_projection: bool,
@@ -143,9 +153,10 @@ pub struct Settings {
     /// Rows of a batch
     #[arg(long, default_value_t = 8, help_heading = "Data", value_name = "N")]
     pub batch_size: usize,
-    /// A file to evaluate on, instead of holding out a part of the data
+    /// A file to evaluate on, instead of holding out a part of the data; of several tasks one for each
     #[arg(long, help_heading = "Data", value_name = "FILE")]
-    pub eval_data: Option<PathBuf>,
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub eval_data: Vec<PathBuf>,
     /// Part of the data to hold out; 0 for none
     #[arg(long, default_value_t = 0.1, help_heading = "Data", value_name = "X")]
     pub eval_fraction: f64,
@@ -309,12 +320,19 @@ impl Settings {
             .ok_or_else(|| missing("model", "a Hugging Face directory, a .gguf file, a hub id, or tiny"))
     }
 
-    /// `--data`.
+    /// `--data`, a file for each task.
     ///
     /// # Errors
-    /// When neither the command line nor a file names one.
-    pub fn data(&self) -> Result<&Path> {
-        self.data.as_deref().ok_or_else(|| missing("data", "a file of rows, such as .jsonl or .csv"))
+    /// When neither the command line nor a file names one, or those to evaluate on are not as many.
+    pub fn data(&self) -> Result<&[PathBuf]> {
+        match &self.data[..] {
+            [] => Err(missing("data", "a file of rows, such as .jsonl or .csv")),
+            files if self.eval_data.is_empty() || self.eval_data.len() == files.len() => Ok(files),
+            files => {
+                let what = format!("--eval-data: {} files, where --data has {}", self.eval_data.len(), files.len());
+                Err(Error::usage(what, "one for each, in the same order"))
+            }
+        }
     }
 
     /// `--out`.

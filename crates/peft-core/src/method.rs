@@ -47,6 +47,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Which layers are adapted, and what is trained besides.
     fn targets(&self) -> &Targets;
 
+    /// How many tasks the adapter tells apart, for one that computes inside [`for_tasks`](crate::for_tasks) only.
+    fn num_tasks(&self) -> Option<usize> {
+        None
+    }
+
     /// Refuses values that make no sense, naming the field by its name in the file.
     ///
     /// # Errors

@@ -105,6 +105,10 @@ impl Method for PromptBankConfig {
 
     of_prompts!();
 
+    fn num_tasks(&self) -> Option<usize> {
+        Some(self.num_tasks)
+    }
+
     fn check(&self) -> Result<()> {
         if self.num_tasks == 0 {
             return Err(Error::config("num_tasks", "at least 1", 0));

@@ -189,6 +189,10 @@ impl Method for MultitaskPromptTuningConfig {
 
     of_prompts!();
 
+    fn num_tasks(&self) -> Option<usize> {
+        Some(self.num_tasks)
+    }
+
     fn check(&self) -> Result<()> {
         for (field, number) in [("num_tasks", self.num_tasks), ("num_ranks", self.num_ranks)] {
             if number == 0 {

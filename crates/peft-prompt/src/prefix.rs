@@ -97,11 +97,13 @@ impl PrefixTuningConfig {
     }
 
     /// Keys and values of a text for the prefix to start at, of those of all blocks `[n, 2·blocks, kv_heads, head_dim]`.
-    pub fn of_text(&self, past: Tensor<4>) -> Tensor<4> {
-        match &self.layers_to_transform {
-            Some(layers) => Tensor::cat(layers.iter().map(|layer| past.clone().narrow(1, 2 * layer, 2)).collect(), 1),
-            None => past,
-        }
+    ///
+    /// # Errors
+    /// When there is no such block.
+    pub fn of_text(&self, past: Tensor<4>) -> Result<Tensor<4>> {
+        self.count(past.dims()[1] / 2)?;
+        let Some(layers) = &self.layers_to_transform else { return Ok(past) };
+        Ok(Tensor::cat(layers.iter().map(|layer| past.clone().narrow(1, 2 * layer, 2)).collect(), 1))
     }
 
     /// How many blocks of a model have a prefix.

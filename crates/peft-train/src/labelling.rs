@@ -6,6 +6,7 @@
 
 use burn::tensor::activation::{log_sigmoid, log_softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::for_tasks;
 use peft_models::Encoder;
 use peft_models::heads::{Problem, Task};
 
@@ -77,7 +78,8 @@ impl Labelling {
     fn logits(&self, model: &Encoder, batch: &[Labelled], device: &Device) -> Result<Tensor<2>> {
         let input = self.reader.input(batch.iter().map(|row| &row.content), device)?;
         model.check(&input)?;
-        let logits = model.forward(&input); // [rows, places, outputs]
+        let tasks: Vec<usize> = batch.iter().map(|row| row.task).collect();
+        let logits = for_tasks(&tasks, || model.forward(&input)); // [rows, places, outputs]
         let [_, places, _] = logits.dims();
         let logits = logits.flatten::<2>(0, 1);
         if !matches!(self.task, Task::Tokens { .. }) {

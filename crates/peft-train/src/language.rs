@@ -1,6 +1,7 @@
 //! Language modelling: cross-entropy of the next token, over the tokens that are learnt.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::for_tasks;
 use peft_core::kernels::Scores;
 use peft_models::{CausalLm, Layout};
 
@@ -68,6 +69,9 @@ fn score(model: &CausalLm, batch: &Batch, device: &Device) -> Scored {
         None => Layout::Rows,
     };
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows, seq]), plain);
-    let hidden = model.hidden(ids, layout, None).flatten::<2>(0, 1).select(0, places); // [tokens, width]
-    Scored { scores: model.scores(hidden, targets.clone()), targets }
+    let scores = for_tasks(&batch.tasks, || {
+        let hidden = model.hidden(ids, layout, None).flatten::<2>(0, 1).select(0, places); // [tokens, width]
+        model.scores(hidden, targets.clone())
+    });
+    Scored { scores, targets }
 }

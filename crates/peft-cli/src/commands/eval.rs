@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use burn::tensor::Device;
 use peft_core::files::write_atomically;
 use peft_models::{Pretrained, PretrainedEncoder};
-use peft_train::data::{BatchOptions, Batches, Reader, label, read_labelled};
+use peft_train::data::{BatchOptions, Batches, Labelled, Reader, label, read_labelled};
 use peft_train::measures::Tally;
 use peft_train::{Labelling, NextToken, Objective as _, confusion_matrix};
 use serde_json::{Value, json};
@@ -63,6 +63,7 @@ fn language(args: &Args, pretrained: &Pretrained, device: &Device, context: &Con
     let train_on_prompt = args.train_on_prompt;
     let reading = Reading { batch_size: args.batch_size, train_on_prompt, ..Reading::new(pretrained, args.max_len)? };
     let (samples, report) = reading.samples(&rows, &args.data)?;
+    let samples = samples.into_iter().map(|sample| sample.of_task(args.model.task())).collect();
     let result = NextToken.evaluate(&pretrained.model, &reading.batches(samples)?, device)?;
     context.output.field("data", format_args!("{}: {report}", quoted(&args.data)))?;
     context.output.field("result", format_args!("{result} on {} tokens", result.count))?;
@@ -79,6 +80,7 @@ fn labels(args: &Args, pretrained: &PretrainedEncoder, device: &Device, context:
     let task = &pretrained.model.config().task;
     let objective = Labelling::new(reader, task.clone(), 0.0)?;
     let (labelled, read) = label(&rows, &objective.reader, task)?;
+    let labelled = labelled.into_iter().map(|row| Labelled { task: args.model.task(), ..row }).collect();
     let options = BatchOptions { batch_size: args.batch_size, pack: None, seed: 0, pad: 0 };
     let report = objective.report(&pretrained.model, &Batches::new(labelled, options)?, device)?;
     if let Some(path) = &args.confusion {

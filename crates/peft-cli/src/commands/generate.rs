@@ -73,10 +73,12 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         text.push_str(&piece);
         context.output.text(piece)
     };
-    let tokens = generate(&pretrained.model, &prompt, args.max_new_tokens, sampling, stop, &device, |id| {
+    let each = |id| {
         failed = show(id).err();
         failed.is_none()
-    })?;
+    };
+    let most = args.max_new_tokens;
+    let tokens = args.model.for_task(|| generate(&pretrained.model, &prompt, most, sampling, stop, &device, each))?;
     if let Some(error) = failed {
         return Err(error);
     }

@@ -45,10 +45,11 @@ struct Logits {
 /// When the model or the adapter cannot be loaded, or the model cannot read what it is given.
 pub fn run(args: &Args, context: &Context) -> Result<()> {
     let device = device::open(&context.device)?;
-    let (logits, read) = match args.model.load(&device)? {
-        Loaded::Decoder(pretrained) => of_decoder(args, &pretrained, &device)?,
-        Loaded::Encoder(pretrained) => of_encoder(args, &pretrained, &device)?,
-    };
+    let loaded = args.model.load(&device)?;
+    let (logits, read) = args.model.for_task(|| match &loaded {
+        Loaded::Decoder(pretrained) => of_decoder(args, pretrained, &device),
+        Loaded::Encoder(pretrained) => of_encoder(args, pretrained, &device),
+    })?;
     let mut shape = logits.dims().to_vec();
     if read.whole {
         shape.remove(1);

@@ -51,7 +51,7 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
     let (reader, prepared) = args.content.prepare(&pretrained, each)?;
     let input = reader.input([&prepared], &device)?;
     pretrained.model.check(&input)?;
-    let logits = pretrained.model.forward(&input).flatten::<2>(0, 1); // [places, outputs]
+    let logits = args.model.for_task(|| pretrained.model.forward(&input)).flatten::<2>(0, 1); // [places, outputs]
     let found = match task {
         Task::Classification { problem: Problem::Regression, .. } => logits,
         Task::Classification { problem: Problem::MultiLabel, .. } => sigmoid(logits),

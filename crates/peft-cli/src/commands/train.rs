@@ -164,7 +164,7 @@ impl Job<'_> {
         }
         let on = if found.adapted.is_empty() { String::new() } else { format!(" on {} modules", found.adapted.len()) };
         screen.field("adapter", format_args!("{}{on}: {report}", settings.method))?;
-        screen.field("data", format_args!("{}: {}", quoted(settings.data()?), start.report.0))?;
+        screen.field("data", format_args!("{}: {}", names(settings.data()?), start.report.0))?;
         let held_out = start.held_out.as_ref().map_or(0, |batches| batches.samples().len());
         let samples = start.batches.samples().len();
         screen.field("", format_args!("{samples} samples to train on, {held_out} held out"))
@@ -214,12 +214,17 @@ impl Job<'_> {
             Some(held_out) => (all, held_out),
             None if settings.eval_fraction == 0.0 => (all, Vec::new()),
             None if all.len() < 2 => {
-                let what = format!("{}: nothing can be held out of one sample", settings.data()?.display());
+                let what = format!("{}: nothing can be held out of one sample", names(settings.data()?));
                 return Err(Error::usage(what, "--eval-fraction 0, or more data"));
             }
             None => split(all, settings.eval_fraction, settings.seed)?,
         })
     }
+}
+
+/// Files by name.
+fn names(files: &[PathBuf]) -> String {
+    files.iter().map(|file| quoted(file)).collect::<Vec<_>>().join(", ")
 }
 
 /// Refuses settings that are for the other kind of model.

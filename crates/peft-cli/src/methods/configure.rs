@@ -24,6 +24,9 @@ const REDUCTION: &str = "reduction-factor";
 /// Another.
 const INVERTIBLE: &str = "inv-adapter";
 
+/// Methods with a prefix in blocks.
+const OF_PREFIXES: [&str; 2] = ["prefix", "p-tuning-v2"];
+
 /// Flags that `LoRA` alone has.
 const OF_LORA: [&str; 8] =
     ["rank", "alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
@@ -119,6 +122,9 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         (INVERTIBLE, settings.inv_adapter.is_some()),
         ("num-virtual-tokens", settings.num_virtual_tokens.is_some()),
         ("prompt-text", settings.prompt_text.is_some()),
+        ("num-ranks", settings.num_ranks.is_some()),
+        ("placeholder", settings.placeholder.is_some()),
+        ("input-conditioned", settings.input_conditioned),
         ("prefix-projection", settings.prefix_projection),
         ("encoder", settings.encoder.is_some()),
         ("encoder-hidden-size", settings.encoder_hidden_size.is_some()),
@@ -136,7 +142,8 @@ pub(super) fn refuse_targets(settings: &Settings, method: &str) -> Result<()> {
         ("targets", !settings.targets.is_empty()),
         ("target-regex", settings.target_regex.is_some()),
         ("exclude", !settings.exclude.is_empty()),
-        ("layers", !settings.layers.is_empty()),
+        // A prefix is in blocks, and may be in some.
+        ("layers", !settings.layers.is_empty() && !OF_PREFIXES.contains(&method)),
     ];
     match given.iter().find(|(_, given)| *given) {
         Some((flag, _)) => Err(Error::usage(format!("--{flag}: {method} adapts no layers"), "leave it out")),

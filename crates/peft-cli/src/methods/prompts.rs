@@ -5,7 +5,8 @@ use burn::tensor::{Int, Tensor, TensorData};
 use peft_core::{Method, Targets, attach, rng_of};
 use peft_models::{CausalLm, Encoder, ModelFiles};
 use peft_prompt::{
-    Besides, EncoderKind, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptInit, PromptTuningConfig, start_at,
+    Besides, EncoderKind, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptAdapter,
+    PromptBankConfig, PromptInit, PromptTuningConfig, start_at,
 };
 use peft_train::{AdapterOf, Trained};
 use rand::RngExt;
@@ -25,6 +26,14 @@ const OF_PROMPTS: [&str; 2] = ["num-virtual-tokens", "prompt-text"];
 pub(super) struct Prompted<M> {
     method: M,
     start: Start,
+    /// The text of the token whose places the prompt takes.
+    placeholder: Option<String>,
+}
+
+impl<M> Prompted<M> {
+    fn new(method: M, start: Start) -> Self {
+        Self { method, start, placeholder: None }
+    }
 }
 
 enum Start {
@@ -40,7 +49,7 @@ enum Start {
 pub(super) fn prompt(settings: &Settings) -> Result<Prompted<PromptTuningConfig>> {
     only(settings, "prompt", &OF_PROMPTS)?;
     refuse_targets(settings, "prompt")?;
-    let start = start(settings)?;
+    let start = start(settings, 1)?;
     let prompt_tuning_init = match start {
         Start::Own => PromptInit::Random,
         Start::Vocabulary(_) => PromptInit::SampleVocab,
@@ -52,7 +61,29 @@ pub(super) fn prompt(settings: &Settings) -> Result<Prompted<PromptTuningConfig>
         prompt_tuning_init_text: settings.prompt_text.clone(),
         besides: besides(settings),
     };
-    Ok(Prompted { method, start })
+    Ok(Prompted::new(method, start))
+}
+
+/// Multitask prompt tuning: a task for each file of data.
+pub(super) fn multitask(settings: &Settings) -> Result<Prompted<MultitaskPromptTuningConfig>> {
+    only(settings, "multitask", &[&OF_PROMPTS[..], &["num-ranks"]].concat())?;
+    refuse_targets(settings, "multitask")?;
+    let usual = MultitaskPromptTuningConfig::new(tokens(settings), settings.data.len().max(1));
+    let method = MultitaskPromptTuningConfig {
+        num_ranks: settings.num_ranks.unwrap_or(usual.num_ranks),
+        besides: besides(settings),
+        ..usual
+    };
+    Ok(Prompted::new(method, start(settings, 1)?))
+}
+
+/// A prompt for each file of data.
+pub(super) fn bank(settings: &Settings) -> Result<Prompted<PromptBankConfig>> {
+    only(settings, "prompt-bank", &OF_PROMPTS)?;
+    refuse_targets(settings, "prompt-bank")?;
+    let tasks = settings.data.len().max(1);
+    let method = PromptBankConfig { besides: besides(settings), ..PromptBankConfig::new(tokens(settings), tasks) };
+    Ok(Prompted::new(method, start(settings, tasks)?))
 }
 
 /// Prefix tuning; P-tuning v2 by its other name.
@@ -66,17 +97,18 @@ pub(super) fn prefix(settings: &Settings, name: &str) -> Result<Prompted<PrefixT
         num_virtual_tokens: tokens(settings),
         prefix_projection: settings.prefix_projection,
         encoder_hidden_size: settings.encoder_hidden_size,
+        layers_to_transform: (!settings.layers.is_empty()).then(|| settings.layers.clone()),
         besides: besides(settings),
         ..PrefixTuningConfig::default()
     };
-    let start = if settings.prefix_projection { Start::Own } else { start(settings)? };
-    Ok(Prompted { method, start })
+    let start = if settings.prefix_projection { Start::Own } else { start(settings, 1)? };
+    Ok(Prompted::new(method, start))
 }
 
 /// P-tuning.
 pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
     let own = ["num-virtual-tokens", "encoder", "encoder-hidden-size", "encoder-num-layers", "dropout"];
-    only(settings, "p-tuning", &own)?;
+    only(settings, "p-tuning", &[&own[..], &["placeholder", "input-conditioned"]].concat())?;
     refuse_targets(settings, "p-tuning")?;
     let usual = PTuningConfig::default();
     let method = PTuningConfig {
@@ -85,10 +117,13 @@ pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
         encoder_hidden_size: settings.encoder_hidden_size,
         encoder_num_layers: settings.encoder_num_layers.unwrap_or(usual.encoder_num_layers),
         encoder_dropout: settings.dropout,
+        input_conditioned: settings.input_conditioned,
         besides: besides(settings),
         ..usual
     };
-    Ok(Prompted { method, start: Start::Own })
+    // What makes no sense is said before anything is read.
+    Method::check(&method)?;
+    Ok(Prompted { placeholder: settings.placeholder.clone(), ..Prompted::new(method, Start::Own) })
 }
 
 fn tokens(settings: &Settings) -> usize {
@@ -99,9 +134,9 @@ fn besides(settings: &Settings) -> Besides {
     if settings.modules_to_save.is_empty() { Besides::default() } else { Besides::modules(&settings.modules_to_save) }
 }
 
-/// A text if there is one; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly.
-fn start(settings: &Settings) -> Result<Start> {
-    let tokens = tokens(settings);
+/// A text if there is one; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly. For so many prompts.
+fn start(settings: &Settings, prompts: usize) -> Result<Start> {
+    let tokens = prompts * tokens(settings);
     match (&settings.prompt_text, settings.init) {
         (Some(text), Init::Kaiming) => Ok(Start::Text { text: text.clone(), tokens }),
         (Some(_), _) => Err(Error::usage("--prompt-text and --init are both given", "give one of them")),
@@ -187,20 +222,49 @@ pub(super) trait Prompts: Method<Adapter = PromptAdapter> {
     /// Whether it is virtual tokens, rather than keys and values.
     const TOKENS: bool = true;
 
-    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
-        model.embeddings(ids).into_data().iter().collect()
+    fn values<T: Reads>(&self, model: &T, ids: Tensor<2, Int>) -> Result<Vec<f32>> {
+        Ok(model.embeddings(ids).into_data().iter().collect())
+    }
+
+    /// The same in the places of a token.
+    fn placed(self, token: u32) -> Self {
+        let _ = token;
+        self
     }
 }
 
 impl Prompts for PromptTuningConfig {}
 
-impl Prompts for PTuningConfig {}
+impl Prompts for MultitaskPromptTuningConfig {}
+
+impl Prompts for PromptBankConfig {}
+
+impl Prompts for PTuningConfig {
+    fn placed(self, token: u32) -> Self {
+        self.in_place_of(token)
+    }
+}
 
 impl Prompts for PrefixTuningConfig {
     const TOKENS: bool = false;
 
-    fn values<T: Reads>(model: &T, ids: Tensor<2, Int>) -> Vec<f32> {
-        model.past(ids).into_data().iter().collect()
+    fn values<T: Reads>(&self, model: &T, ids: Tensor<2, Int>) -> Result<Vec<f32>> {
+        Ok(self.of_text(model.past(ids))?.into_data().iter().collect())
+    }
+}
+
+impl<M: Prompts> Prompted<M> {
+    /// The method on a model with these files.
+    fn on(&self, files: &ModelFiles) -> Result<M> {
+        let Some(text) = &self.placeholder else { return Ok(self.method.clone()) };
+        let ids = files.tokenizer()?.encode(text, false)?;
+        match ids[..] {
+            [id] => Ok(self.method.clone().placed(id)),
+            _ => {
+                let what = format!("--placeholder {text}: that is {} tokens of {}", ids.len(), files.name);
+                Err(Error::usage(what, "a text that is one token, and that is in no other text, as [unused1] of BERT"))
+            }
+        }
     }
 }
 
@@ -210,18 +274,19 @@ impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
         let vocabulary = model.vocabulary();
         let ids = if vocabulary > 0 { self.start.ids(files, vocabulary, seed)? } else { None };
         // A prompt that is too long is refused when it is attached; the model could not read it.
-        let ids = ids.filter(|ids| ids.len() < model.room());
-        let Some(ids) = ids else { return Ok(attach(model, &self.method, seed)?) };
+        let ids = ids.filter(|ids| ids.len() < model.room() || M::TOKENS);
+        let method = self.on(files)?;
+        let Some(ids) = ids else { return Ok(attach(model, &method, seed)?) };
         let device = model.devices().into_iter().next().unwrap_or_default();
         let count = ids.len();
         let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
         let ids = Tensor::from_data(TensorData::new(ids, [1, count]), &device.without_autodiff());
-        let values = M::values(&model.valid(), ids);
-        Ok(start_at(model, &self.method, &values, seed)?)
+        let values = method.values(&model.valid(), ids)?;
+        Ok(start_at(model, &method, &values, seed)?)
     }
 
     fn trained(&self, _model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
-        Ok(Box::new(AdapterOf::on(self.method.clone(), files)?))
+        Ok(Box::new(AdapterOf::on(self.on(files)?, files)?))
     }
 }
 

@@ -96,6 +96,19 @@ fn a_classifier_is_trained_resumed_measured_used_and_merged() {
     assert_eq!((&inspected["architecture"], &inspected["labels"]), (&json!("bert"), &json!(["bad", "good"])));
 }
 
+/// Texts have prompts of their own, before and after the adapter is saved.
+#[test]
+fn a_prompt_that_depends_on_the_text_is_trained() {
+    let shop = Films::new();
+    let own = ["--method", "p-tuning", "--encoder", "lstm", "--input-conditioned", "--encoder-hidden-size", "8"];
+    let more = ["--num-virtual-tokens", "4", "--lr", "0.02", "--steps", "24"];
+    let result = json_of(&strs(&shop.train("films.csv", "conditioned", &[&own[..], &more].concat())));
+    assert!(result["after"]["accuracy"].as_f64().unwrap() > 0.9, "{result}");
+    let (model, adapter, data) = (shop.path("bert"), shop.path("conditioned"), shop.path("films.csv"));
+    let found = json_of(&["eval", "--json", "--model", &model, "--adapter", &adapter, "--data", &data]);
+    assert!(found["accuracy"].as_f64().unwrap() > 0.8, "{found}");
+}
+
 #[test]
 fn a_whole_model_and_a_head_alone_are_trained() {
     let shop = Films::new();

@@ -72,3 +72,76 @@ fn settings_that_prompts_do_not_have_are_refused() {
     assert!(refusal("prompt", &["--pack"]).contains("--pack"));
     assert!(refusal("lora", &["--prompt-text", "x"]).contains("--prompt-text: lora has no such setting"));
 }
+
+/// Two tasks with the same questions and other answers: one prompt cannot tell them apart, a prompt for each can.
+#[test]
+fn each_file_of_data_is_a_task() {
+    let shop = Workshop::new();
+    let (model, first) = (shop.path("model"), shop.path("data.jsonl"));
+    let second = shop.path("second.jsonl");
+    fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
+    for (method, more) in [("multitask", &["--num-ranks", "2"][..]), ("prompt-bank", &[])] {
+        let two = ["--data", &second, "--eval-data", &first, "--eval-data", &second, "--num-virtual-tokens", "8"];
+        let result = json_of(&strs(&train(&shop, method, &[&two, more].concat())));
+        let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+        assert!(loss(&result["after"]) < 0.9 * loss(&result["before"]), "{method}: {result}");
+        let out = shop.path(method);
+        let adapted = ["--model", &model, "--adapter", &out];
+        let measured = |data: &str, task: &str| {
+            let own = ["--data", data, "--set", "name=Ada", "--task-id", task];
+            loss(&json_of(&[&["eval", "--json"][..], &adapted, &own].concat()))
+        };
+        assert!(measured(&first, "0") < measured(&first, "1"), "{method}: the task of the first file");
+        assert!(measured(&second, "1") < measured(&second, "0"), "{method}: the task of the second file");
+        let text = |task: &str| {
+            let own = ["--prompt", "3: who are you? ", "--max-new-tokens", "4", "--task-id", task];
+            json_of(&[&["generate", "--json"][..], &adapted, &own].concat())["text"].clone()
+        };
+        assert_ne!(text("0"), text("1"), "{method}");
+        let tokens = ["--tokens", "3,14"];
+        let (code, message) = refused(&[&["logits"][..], &adapted, &tokens].concat());
+        assert!(code == 2 && message.contains("--task-id is missing"), "{message}");
+        let (code, message) = refused(&[&["logits"][..], &adapted, &tokens, &["--task-id", "2"]].concat());
+        assert!(code == 2 && message.contains("there is no such task"), "{message}");
+    }
+    let (_, message) = refused(&strs(&train(&shop, "prompt", &["--data", &second, "--eval-data", &first])));
+    assert!(message.contains("--eval-data: 1 files, where --data has 2"), "{message}");
+}
+
+/// A prompt in the places of a token, and a prefix in one block.
+#[test]
+fn prompts_have_their_places() {
+    let shop = Workshop::new();
+    let (model, data) = (shop.path("model"), shop.path("placed.jsonl"));
+    fs::write(&data, fs::read_to_string(shop.path("data.jsonl")).unwrap().replace("who are", "~~ are ~~")).unwrap();
+    let methods: [(&str, &[&str]); 2] = [
+        ("p-tuning", &["--num-virtual-tokens", "4", "--placeholder", "~", "--encoder-hidden-size", "8"]),
+        ("prefix", &["--num-virtual-tokens", "4", "--layers", "1"]),
+    ];
+    for (method, more) in methods {
+        let mut args = train(&shop, method, more);
+        let at = args.iter().position(|arg| *arg == shop.path("data.jsonl")).unwrap();
+        args[at].clone_from(&data);
+        let result = json_of(&strs(&args));
+        let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+        assert!(loss(&result["after"]) < 0.95 * loss(&result["before"]), "{method}: {result}");
+        assert!(
+            deviation(&logits(&model, Some(&shop.path(method))), &logits(&model, None)) > 1e-3 || method == "p-tuning"
+        );
+    }
+    let config = fs::read_to_string(Path::new(&shop.path("p-tuning")).join("adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["placeholder_token_id"], json!(94));
+    // Without a placeholder in the text the model is the base.
+    assert_eq!(logits(&model, Some(&shop.path("p-tuning"))), logits(&model, None));
+    let refusals: [(&str, &[&str], &str); 4] = [
+        ("p-tuning", &["--placeholder", "ab"], "--placeholder ab: that is 2 tokens"),
+        ("p-tuning", &["--input-conditioned"], "an encoder of type LSTM"),
+        ("p-tuning", &["--input-conditioned", "--encoder", "lstm"], "reads texts whole"),
+        ("prefix", &["--layers", "7"], "layers_to_transform"),
+    ];
+    for (method, more, expected) in refusals {
+        let (code, message) = refused(&strs(&train(&shop, method, &[more, &["--overwrite"]].concat())));
+        assert!(code == 2 && message.contains(expected), "{message}");
+    }
+}

@@ -153,6 +153,8 @@ pub struct Batch {
     pub segments: Option<Vec<Vec<u32>>>,
     /// When packed: a token's place in its own sample, from 0, and 0 for what fills up.
     pub positions: Option<Vec<Vec<u32>>>,
+    /// The task of each row; of several samples in one, that of the first.
+    pub tasks: Vec<usize>,
     /// What fills up.
     pub pad: u32,
 }
@@ -190,6 +192,7 @@ impl Batch {
             mask: rows.iter().map(mask).collect(),
             segments: packed.then(|| build(&|index, sample| vec![index as u32 + 1; sample.ids().len()], 0)),
             positions: packed.then(|| build(&|_, sample| (0..sample.ids().len() as u32).collect(), 0)),
+            tasks: rows.iter().map(|row| row.first().map_or(0, |sample| sample.task())).collect(),
             pad,
         }
     }

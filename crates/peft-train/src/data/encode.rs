@@ -5,7 +5,7 @@
 //! adds to rendering `messages[..i]` with the generation prompt.
 
 use std::fmt;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 use peft_models::chat::Message;
 use peft_models::tokenizer::Tokenizer;
@@ -35,6 +35,7 @@ impl Default for EncodeOptions {
 pub struct Sample {
     ids: Vec<u32>,
     mask: Vec<bool>,
+    task: usize,
 }
 
 impl Sample {
@@ -52,7 +53,18 @@ impl Sample {
         if !mask.contains(&true) {
             return Err(Error::setting("mask", "no token after the first is learnt; leave such a sample out"));
         }
-        Ok(Self { ids, mask })
+        Ok(Self { ids, mask, task: 0 })
+    }
+
+    /// The same as one of that task.
+    #[must_use]
+    pub fn of_task(self, task: usize) -> Self {
+        Self { task, ..self }
+    }
+
+    /// The task that it is of, from 0.
+    pub fn task(&self) -> usize {
+        self.task
     }
 
     /// The tokens.
@@ -92,6 +104,21 @@ pub struct EncodeReport {
     pub rows_skipped: usize,
     /// Answers whose first token also covers the prompt's end, so that the model will meet other tokens at inference.
     pub answers_merged: usize,
+}
+
+impl AddAssign for EncodeReport {
+    fn add_assign(&mut self, other: Self) {
+        let Self { rows, samples, tokens, trained, rows_split, .. } = other;
+        self.rows += rows;
+        self.samples += samples;
+        self.tokens += tokens;
+        self.trained += trained;
+        self.rows_split += rows_split;
+        self.rows_truncated += other.rows_truncated;
+        self.tokens_dropped += other.tokens_dropped;
+        self.rows_skipped += other.rows_skipped;
+        self.answers_merged += other.answers_merged;
+    }
 }
 
 impl fmt::Display for EncodeReport {

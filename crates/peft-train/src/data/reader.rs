@@ -1,6 +1,7 @@
 //! From rows to what an encoder reads: texts become tokens once, pictures become pixels batch by batch.
 
 use std::fmt;
+use std::ops::AddAssign;
 
 use burn::tensor::{Device, Tensor};
 use peft_models::PretrainedEncoder;
@@ -162,6 +163,8 @@ pub struct Labelled {
     pub content: Prepared,
     /// What should come out.
     pub target: Target,
+    /// The task that it is of, from 0.
+    pub task: usize,
 }
 
 impl Example for Labelled {
@@ -187,6 +190,16 @@ pub struct LabelReport {
     pub rows_cut: usize,
     /// Rows without a label to learn, which are left out.
     pub rows_skipped: usize,
+}
+
+impl AddAssign for LabelReport {
+    fn add_assign(&mut self, other: Self) {
+        let Self { rows, tokens, rows_cut, rows_skipped } = other;
+        self.rows += rows;
+        self.tokens += tokens;
+        self.rows_cut += rows_cut;
+        self.rows_skipped += rows_skipped;
+    }
 }
 
 impl fmt::Display for LabelReport {
@@ -218,7 +231,7 @@ pub fn label(rows: &[LabelledRow], reader: &Reader, task: &Task) -> Result<(Vec<
             continue;
         }
         report.tokens += content.tokens().map_or(0, |tokens| tokens.ids.len());
-        labelled.push(Labelled { content, target });
+        labelled.push(Labelled { content, target, task: 0 });
     }
     if labelled.is_empty() {
         return Err(Error::Labels { what: format!("there is nothing to learn in {report}") });

@@ -1,5 +1,6 @@
 //! Training an encoder: labels and numbers for texts, words and pictures.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use burn::module::Module as _;
@@ -8,7 +9,9 @@ use peft_models::config::EncoderConfig;
 use peft_models::heads::Task;
 use peft_models::{EncoderOptions, ModelFiles, PretrainedEncoder};
 use peft_train::Labelling;
-use peft_train::data::{BatchOptions, Batches, Labelled, LabelledRow, Reader, label, read_labelled, task_of};
+use peft_train::data::{
+    BatchOptions, Batches, LabelReport, Labelled, LabelledRow, Reader, label, read_labelled, task_of,
+};
 use serde_json::json;
 
 use super::{Job, Start, check_targets, refuse};
@@ -21,10 +24,12 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles, config: &EncoderConfig) -> R
     let of_texts =
         [("pack", settings.pack), ("train-on-prompt", settings.train_on_prompt), ("set", !settings.set.is_empty())];
     refuse(&of_texts, "language models, and this is an encoder")?;
-    let rows = read_labelled(settings.data()?)?;
-    let held_out = settings.eval_data.as_ref().map(|path| read_labelled(path)).transpose()?;
+    let read = |files: &[PathBuf]| {
+        Ok::<_, crate::Error>(files.iter().map(|file| read_labelled(file)).collect::<std::result::Result<Vec<_>, _>>()?)
+    };
+    let (rows, held_out) = (read(settings.data()?)?, read(&settings.eval_data)?);
 
-    let task = wanted(settings, &files, config, &rows)?;
+    let task = wanted(settings, &files, config, &rows.concat())?;
     let method = methods::by_name(&settings.method)?.build(settings)?;
     let options = EncoderOptions {
         task: Some(task.clone()),
@@ -43,8 +48,8 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles, config: &EncoderConfig) -> R
     let reader = Reader::new(&pretrained, settings.max_len)?;
     let PretrainedEncoder { files, .. } = pretrained;
 
-    let (all, report) = label(&rows, &reader, &task)?;
-    let given = held_out.map(|rows| Ok::<_, crate::Error>(label(&rows, &reader, &task)?.0)).transpose()?;
+    let (all, report) = labelled(&rows, &reader, &task)?;
+    let given = if held_out.is_empty() { None } else { Some(labelled(&held_out, &reader, &task)?.0) };
     let (samples, held_out) = job.hold_out(all, given)?;
     let batches = |samples: Vec<Labelled>| {
         let options = BatchOptions { batch_size: settings.batch_size, pack: None, seed: settings.seed, pad: 0 };
@@ -69,6 +74,17 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles, config: &EncoderConfig) -> R
         report: (&format!("{report}; {}", described(&task)), json),
         next: next(settings, &files, config)?,
     })
+}
+
+/// What is learnt from all files, each row of the task of its file.
+fn labelled(rows: &[Vec<LabelledRow>], reader: &Reader, task: &Task) -> Result<(Vec<Labelled>, LabelReport)> {
+    let (mut all, mut reports) = (Vec::new(), LabelReport::default());
+    for (number, rows) in rows.iter().enumerate() {
+        let (labelled, report) = label(rows, reader, task)?;
+        all.extend(labelled.into_iter().map(|row| Labelled { task: number, ..row }));
+        reports += report;
+    }
+    Ok((all, reports))
 }
 
 /// The task: that of the model, where the checkpoint has a head for it and nothing else is asked for; or the one that the data describes.

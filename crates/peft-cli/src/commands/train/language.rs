@@ -7,7 +7,7 @@ use burn::module::Module;
 use peft_core::Peft;
 use peft_models::{ModelFiles, Pretrained};
 use peft_train::NextToken;
-use peft_train::data::Row;
+use peft_train::data::{EncodeReport, Row, Sample};
 
 use super::{Job, Start, check_targets, refuse};
 use crate::model::{self, FrozenType};
@@ -22,11 +22,11 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
     refuse(&labels, "encoders, and this is a language model")?;
     let method = methods::by_name(&settings.method)?.build(settings)?;
     if settings.pack && method.reads_ahead() {
-        let what = format!("--pack: {} stands in front of one sequence a row", settings.method);
+        let what = format!("--pack: with {} a row is one sequence", settings.method);
         return Err(Error::usage(what, "leave it out"));
     }
-    let rows = rows::read(settings.data()?, &settings.set)?;
-    let held_out = settings.eval_data.as_ref().map(|path| rows::read(path, &settings.set)).transpose()?;
+    let read = |files: &[PathBuf]| files.iter().map(|path| rows::read(path, &settings.set)).collect::<Result<Vec<_>>>();
+    let (rows, held_out) = (read(settings.data()?)?, read(&settings.eval_data)?);
 
     let packing = method.packing(settings.packing.packing()?);
     let mut pretrained = Pretrained::from_files(files, &packing, settings.precision.into(), job.device)?;
@@ -46,10 +46,8 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
         seed: settings.seed,
         ..Reading::new(&pretrained, settings.max_len)?
     };
-    let (all, report) = reading.samples(&rows, settings.data()?)?;
-    let given = held_out.as_ref().zip(settings.eval_data.as_ref());
-    let read = |(rows, path): (&Vec<Row>, &PathBuf)| -> Result<_> { Ok(reading.samples(rows, path)?.0) };
-    let given = given.map(read).transpose()?;
+    let (all, report) = samples(&reading, &rows, settings.data()?)?;
+    let given = if held_out.is_empty() { None } else { Some(samples(&reading, &held_out, &settings.eval_data)?.0) };
     let (samples, held_out) = job.hold_out(all, given)?;
     job.go(Start {
         objective: NextToken,
@@ -64,11 +62,22 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
     })
 }
 
+/// The samples of all files, each of the task of its file.
+fn samples(reading: &Reading<'_>, rows: &[Vec<Row>], files: &[PathBuf]) -> Result<(Vec<Sample>, EncodeReport)> {
+    let (mut all, mut reports) = (Vec::new(), EncodeReport::default());
+    for (task, (rows, path)) in rows.iter().zip(files).enumerate() {
+        let (samples, report) = reading.samples(rows, path)?;
+        all.extend(samples.into_iter().map(|sample| sample.of_task(task)));
+        reports += report;
+    }
+    Ok((all, reports))
+}
+
 /// What can be done with the result.
-fn next(settings: &Settings, pretrained: &Pretrained, rows: &[Row]) -> Result<Vec<String>> {
+fn next(settings: &Settings, pretrained: &Pretrained, rows: &[Vec<Row>]) -> Result<Vec<String>> {
     let out = quoted(settings.out()?);
     // The model learns to answer, rather than to continue.
-    let chat = rows.iter().any(|row| matches!(row, Row::Chat { .. } | Row::Instruction { .. }));
+    let chat = rows.iter().flatten().any(|row| matches!(row, Row::Chat { .. } | Row::Instruction { .. }));
     let prompt = if chat && pretrained.tokenizer()?.chat_template().is_some() { "--chat" } else { "--prompt" };
     let method = methods::by_name(&settings.method)?;
     if method.peft_type().is_none() {
