@@ -125,11 +125,6 @@ impl Targets {
         Self { target_modules: Some(Names::Pattern(pattern.into())), ..Self::default() }
     }
 
-    /// Every module whose name ends so, with or without a dot before it.
-    pub fn ending(name: &str) -> Self {
-        Self::pattern(format!(".*{}", fancy_regex::escape(name)))
-    }
-
     /// Every linear layer but the output head (`lm_head`).
     pub fn all_linear() -> Self {
         Self::pattern("all-linear")

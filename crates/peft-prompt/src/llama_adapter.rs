@@ -54,14 +54,17 @@ impl LlamaAdapterConfig {
         Self { adapter_len, adapter_layers, attention: AttentionName::default() }
     }
 
-    /// In a model whose attention modules have names that end so.
+    /// In a model where attention is called so.
     #[must_use]
     pub fn with_attention(self, name: &str) -> Self {
         Self { attention: Some(name.to_owned()).into(), ..self }
     }
 }
 
-/// What the names of a model's attention modules end in, with or without a dot before it; by default `self_attn` or `attn`, as `transformers` calls those of decoders.
+/// What the attention of decoders is called in `transformers`.
+const DECODERS: [&str; 2] = ["self_attn", "attn"];
+
+/// What attention is called in a model, that is its modules' whole name or the end of it behind a dot; by default `self_attn` or `attn`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(from = "Option<String>", into = "Option<String>")]
 pub struct AttentionName {
@@ -78,8 +81,8 @@ impl Default for AttentionName {
 impl From<Option<String>> for AttentionName {
     fn from(name: Option<String>) -> Self {
         let targets = match &name {
-            Some(name) => Targets::ending(name),
-            None => Targets::pattern(r"(.*\.)?(self_)?attn"),
+            Some(name) => Targets::modules([name]),
+            None => Targets::modules(DECODERS),
         };
         Self { name, targets }
     }
