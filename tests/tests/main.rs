@@ -7,6 +7,7 @@ mod encoders;
 mod golden;
 mod hostile;
 mod labels;
+mod llama_adapter;
 mod packed;
 mod prompt_variants;
 mod prompts;

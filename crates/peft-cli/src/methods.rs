@@ -1,6 +1,7 @@
 //! The methods that the command line offers by name. This table is the only place that lists them.
 
 mod configure;
+mod llama_adapter;
 mod prompts;
 mod whole;
 
@@ -10,6 +11,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use configure::{bitfit, bottleneck, ia3, ln_tuning, lora, ssf};
+use llama_adapter::llama_adapter;
 use peft_adapter::{BitFitConfig, BottleneckConfig, Ia3Config, LnTuningConfig, SsfConfig};
 use peft_core::files::{CONFIG_FILE, peft_type};
 use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, load_adapter, merge};
@@ -17,7 +19,8 @@ use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
 use peft_prompt::{
-    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig, PromptTuningConfig,
+    LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
+    PromptTuningConfig,
 };
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
@@ -201,6 +204,16 @@ pub const METHODS: &[Entry] = &[
         merges: false,
         build: |settings| Ok(Box::new(bank(settings)?)),
         files: Some(&FilesOf::<PromptBankConfig>(PhantomData)),
+    },
+    Entry {
+        name: "llama-adapter",
+        about: "gated prompts in the attention of the last layers (Zhang et al. 2023, arXiv:2303.16199)",
+        formula: "o = attention(q, k, v) + g·attention(q, A·Wk, A·Wv)",
+        parameters: "a layer: tokens · width + 1",
+        learning_rate: 1e-2,
+        merges: false,
+        build: |settings| Ok(Box::new(llama_adapter(settings)?)),
+        files: Some(&FilesOf::<LlamaAdapterConfig>(PhantomData)),
     },
     Entry {
         name: "full",

@@ -82,9 +82,12 @@ pub struct Settings {
     /// Bottlenecks: an invertible adapter behind the embeddings besides (MAD-X), of half the model's width over X
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub inv_adapter: Option<f64>,
-    /// Prompt methods: length of the prompt [default: 20]
+    /// Prompt methods: length of the prompt [default: 20; llama-adapter: 10]
     #[arg(long, help_heading = "Method", value_name = "N")]
     pub num_virtual_tokens: Option<usize>,
+    /// llama-adapter: how many layers have a prompt, counted from the end [default: all]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub adapter_layers: Option<usize>,
     /// prompt, prefix: start from this text, cut or repeated to the length [default: from random tokens of the model]
     #[arg(long, help_heading = "Method", value_name = "TEXT")]
     pub prompt_text: Option<String>,

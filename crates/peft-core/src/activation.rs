@@ -9,7 +9,7 @@ use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{End, Method, Prompt, Quantized, Reading};
+use crate::{End, KeysAndValues, Method, Prompt, Quantized, Reading};
 
 /// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
@@ -49,6 +49,12 @@ pub trait Activation {
     /// How many positions of a row that takes.
     fn prompt_positions(&self) -> usize {
         0
+    }
+
+    /// What is added to the result of an attention, `[batch, seq, heads · head_dim]`, given its queries `[batch, seq, heads, head_dim]`.
+    fn attended(&self, queries: Tensor<4>, project: KeysAndValues<'_>) -> Option<Tensor<3>> {
+        let _ = (queries, project);
+        None
     }
 
     /// Adapted embeddings, `[rows, width]`: what goes into the model's blocks in place of `x`.

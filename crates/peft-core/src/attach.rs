@@ -91,7 +91,26 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
         let near = nearest(found.sites.iter().map(|site| site.path.as_str()), &targets);
         problems.push(Problem::NoMatch { targets, near });
     }
-    if problems.is_empty() { Ok(sites) } else { Err(Error::Attach { method: M::PEFT_TYPE, problems }) }
+    if !problems.is_empty() {
+        return Err(Error::Attach { method: M::PEFT_TYPE, problems });
+    }
+    match method.last() {
+        Some((field, count)) => last(found, sites, field, count),
+        None => Ok(sites),
+    }
+}
+
+/// The last `count` of `sites` in the order of the model; `field` is for messages.
+fn last<'a>(found: &Scan, mut sites: Vec<&'a Site>, field: &str, count: usize) -> Result<Vec<&'a Site>> {
+    let Some(others) = sites.len().checked_sub(count) else {
+        return Err(Error::config(
+            field,
+            format!("at most the {} layers of this model that match", sites.len()),
+            count,
+        ));
+    };
+    sites.sort_by_key(|site| found.sites.iter().position(|other| other.id == site.id));
+    Ok(sites.split_off(others))
 }
 
 /// The distinct last components of `paths`, those most like a word of `wanted` first.

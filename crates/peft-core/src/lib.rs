@@ -4,7 +4,7 @@
 //! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
 //! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
-//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
+//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`], [`Attended::beside`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
 //! - [`ComposedConfig`]: several adapters of a method at one place, as one.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
@@ -13,6 +13,7 @@
 
 mod activation;
 mod attach;
+mod attended;
 mod compose;
 mod dense;
 mod embedded;
@@ -38,6 +39,7 @@ pub use activation::{
     rms_norm,
 };
 pub use attach::{Peft, attach};
+pub use attended::{Attended, KeysAndValues};
 pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Fusion, Part, composed};
 pub use dense::{Dense, Start};
 pub use embedded::Embedded;

@@ -27,6 +27,8 @@ pub enum LayerKind {
     Embedded,
     /// [`Prompts`](crate::Prompts): no weight at all, but the place of learned inputs.
     Prompts,
+    /// [`Attended`](crate::Attended): no weight at all, but the place beside the result of a decoder's attention.
+    Attended,
 }
 
 impl LayerKind {
@@ -41,6 +43,7 @@ impl LayerKind {
             "Struct:SubLayer" => Some(Self::SubLayer),
             "Struct:Embedded" => Some(Self::Embedded),
             "Struct:Prompts" => Some(Self::Prompts),
+            "Struct:Attended" => Some(Self::Attended),
             _ => None,
         }
     }
@@ -52,7 +55,7 @@ impl LayerKind {
 
     /// Whether it is there only for an adapter to sit in.
     pub fn is_place(self) -> bool {
-        matches!(self, Self::SubLayer | Self::Embedded | Self::Prompts)
+        matches!(self, Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended)
     }
 
     /// The name of the parameter that an adapter of such a layer sits in.
@@ -60,7 +63,7 @@ impl LayerKind {
         match self {
             Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
             Self::LayerNorm | Self::RmsNorm => "gamma",
-            Self::SubLayer | Self::Embedded | Self::Prompts => PLACE,
+            Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended => PLACE,
         }
     }
 

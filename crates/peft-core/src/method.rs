@@ -152,6 +152,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         false
     }
 
+    /// Of the layers that match, how many are adapted, counted from the end of the model, with the name of the field that says so; all without it.
+    fn last(&self) -> Option<(&'static str, usize)> {
+        None
+    }
+
     /// Refuses a file that asks for a part of the method that is not built, by its raw JSON.
     ///
     /// # Errors

@@ -5,7 +5,8 @@ use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearCon
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Nonlinearity, Scores, activate, linear_cross_entropy};
 use peft_core::{
-    AdapterAware, Embedded, PromptShape, Prompts, SubLayer, embedding_as, layer_norm, linear_with, product,
+    AdapterAware, Attended, Embedded, Named, PromptShape, Prompts, SubLayer, embedding_as, layer_norm, linear_with,
+    product,
 };
 
 use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
@@ -44,6 +45,7 @@ struct Gpt2Block {
 struct Gpt2Attention {
     c_attn: Conv1D,
     c_proj: Conv1D,
+    attended: Named<Attended>,
 }
 
 #[derive(Module, Debug)]
@@ -95,6 +97,7 @@ impl Gpt2Config {
             attn: Gpt2Attention {
                 c_attn: Conv1D::new(self.n_embd, 3 * self.n_embd, device),
                 c_proj: Conv1D::new(self.n_embd, self.n_embd, device),
+                attended: Attended::new(self.n_embd, device),
             },
             ln_2: norm(),
             mlp: Gpt2Mlp {
@@ -182,9 +185,21 @@ impl Gpt2 {
 
 impl Gpt2Attention {
     fn forward(&self, x: Tensor<3>, heads: usize, pass: &Pass, block: usize, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let qkv = self.c_attn.forward(x).chunk(3, 2);
-        let [q, k, v]: [Tensor<3>; 3] = qkv.try_into().expect("three chunks of a width that is a multiple of three");
-        let (q, k, v) = (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads));
-        self.c_proj.forward(pass.attend(block, q, k, v, None, cache))
+        let project = |x| {
+            let qkv: [Tensor<3>; 3] = (self.c_attn.forward(x).chunk(3, 2).try_into())
+                .expect("three chunks of a width that is a multiple of three");
+            qkv.map(|part| split_heads(part, heads))
+        };
+        let [q, k, v] = project(x);
+        let more = self.attended.beside(&q, &|x| {
+            let [_, k, v] = project(x);
+            (k, v)
+        });
+        let y = self.c_proj.forward(pass.attend(block, q, k, v, None, cache));
+        match more {
+            // Behind the projection, as in PEFT.
+            Some(more) => y + more,
+            None => y,
+        }
     }
 }

@@ -8,7 +8,8 @@ use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNor
 use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
 use peft_core::{
-    AdapterAware, Embedded, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear, product, rms_norm,
+    AdapterAware, Attended, Embedded, Named, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear,
+    product, rms_norm,
 };
 
 use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
@@ -52,6 +53,7 @@ struct LlamaAttention {
     o_proj: Linear,
     q_norm: Option<RmsNorm>,
     k_norm: Option<RmsNorm>,
+    attended: Named<Attended>,
 }
 
 #[derive(Module, Debug)]
@@ -90,6 +92,7 @@ impl LlamaConfig {
                 o_proj: proj(q, hidden, self.o_bias),
                 q_norm: self.qk_norm.then(|| norm(self.head_dim)),
                 k_norm: self.qk_norm.then(|| norm(self.head_dim)),
+                attended: Attended::new(hidden, device),
             },
             mlp: LlamaMlp {
                 gate_proj: proj(hidden, inner, self.mlp_bias),
@@ -197,11 +200,17 @@ impl LlamaAttention {
             None => x,
         };
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let q = normed(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads));
-        let k = normed(&self.k_norm, split_heads(linear(&self.k_proj, x.clone()), kv_heads));
-        let v = split_heads(linear(&self.v_proj, x), kv_heads);
-        let attended = pass.attend(layer, pass.rotate(q), pass.rotate(k), v, config.sliding_window[layer], cache);
-        linear(&self.o_proj, attended)
+        let keys = |x| normed(&self.k_norm, split_heads(linear(&self.k_proj, x), kv_heads));
+        let values = |x| split_heads(linear(&self.v_proj, x), kv_heads);
+        let q = pass.rotate(normed(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads)));
+        let more = self.attended.beside(&q, &|x| (keys(x.clone()), values(x)));
+        let k = pass.rotate(keys(x.clone()));
+        let y = linear(&self.o_proj, pass.attend(layer, q, k, values(x), config.sliding_window[layer], cache));
+        match more {
+            // With the bias of the projection twice, as in PEFT.
+            Some(more) => y + linear(&self.o_proj, more),
+            None => y,
+        }
     }
 }
 

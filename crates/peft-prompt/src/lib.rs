@@ -1,9 +1,10 @@
-//! Methods that learn inputs instead of weights: virtual tokens in front of the embeddings, keys and values in front of those of every block.
+//! Methods that learn inputs instead of weights: virtual tokens in front of the embeddings, keys and values in front of those of every block, tokens that attention reads besides.
 
 mod adapter;
 mod bank;
 mod besides;
 mod encoder;
+mod llama_adapter;
 mod lstm;
 mod multitask;
 mod p_tuning;
@@ -15,6 +16,7 @@ pub use adapter::PromptAdapter;
 pub use bank::PromptBankConfig;
 pub use besides::Besides;
 pub use encoder::{Encoder, EncoderKind};
+pub use llama_adapter::{AttentionName, LlamaAdapter, LlamaAdapterConfig};
 pub use lstm::Lstm;
 pub use multitask::{MultitaskPromptTuningConfig, SourceTasks, TaskFactors};
 pub use p_tuning::PTuningConfig;

@@ -3,7 +3,7 @@
 //! - [`core`]: methods, targets, attaching, the activation seam, adapter files
 //! - [`lora`]: the low-rank methods
 //! - [`adapter`]: bottlenecks between the layers, (IA)³, SSF and their relatives
-//! - [`prompt`]: prompt tuning, prefix tuning, P-tuning
+//! - [`prompt`]: prompt tuning, prefix tuning, P-tuning, LLaMA-Adapter
 //! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`train`]: data, the loop, checkpoints

@@ -60,6 +60,10 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     if config.get("num_virtual_tokens").is_some() {
         out.field("prompt", format_args!("{} virtual tokens", given("num_virtual_tokens")))?;
     }
+    if config.get("adapter_len").is_some() {
+        let (tokens, layers) = (given("adapter_len"), given("adapter_layers"));
+        out.field("prompt", format_args!("{tokens} tokens in each of the last {layers} layers"))?;
+    }
     out.field(
         "tensors",
         format_args!("{}, {} parameters, {}", tensors.len(), thousands(parameters), bytes(size as u64)),

@@ -97,7 +97,7 @@ pub(super) fn bottleneck(
 }
 
 /// What `--init` means for a method.
-fn initial<T: Copy>(settings: &Settings, method: &str, meanings: &[(Init, T)]) -> Result<T> {
+pub(super) fn initial<T: Copy>(settings: &Settings, method: &str, meanings: &[(Init, T)]) -> Result<T> {
     let found = meanings.iter().find(|(init, _)| *init == settings.init);
     found.map(|(_, meaning)| *meaning).ok_or_else(|| {
         let what = format!("--init {}: {method} has no such initial values", Init::name(settings.init));
@@ -121,6 +121,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         (REDUCTION, settings.reduction_factor.is_some()),
         (INVERTIBLE, settings.inv_adapter.is_some()),
         ("num-virtual-tokens", settings.num_virtual_tokens.is_some()),
+        ("adapter-layers", settings.adapter_layers.is_some()),
         ("prompt-text", settings.prompt_text.is_some()),
         ("num-ranks", settings.num_ranks.is_some()),
         ("placeholder", settings.placeholder.is_some()),

@@ -15,11 +15,12 @@ fn train(shop: &Workshop, method: &str, more: &[&str]) -> Vec<String> {
 fn prompts_are_trained_used_and_resumed() {
     let shop = Workshop::new();
     let (model, data) = (shop.path("model"), shop.path("data.jsonl"));
-    let methods: [(&str, &[&str]); 4] = [
+    let methods: [(&str, &[&str]); 5] = [
         ("prompt", &["--num-virtual-tokens", "8"]),
         ("prefix", &["--num-virtual-tokens", "4", "--prompt-text", "I am Ada."]),
         ("p-tuning", &["--num-virtual-tokens", "4", "--encoder", "lstm", "--encoder-hidden-size", "8"]),
         ("p-tuning-v2", &["--num-virtual-tokens", "4", "--prefix-projection", "--encoder-hidden-size", "8"]),
+        ("llama-adapter", &["--num-virtual-tokens", "4"]),
     ];
     for (method, more) in methods {
         let result = json_of(&strs(&train(&shop, method, more)));
@@ -43,9 +44,15 @@ fn prompts_are_trained_used_and_resumed() {
         json_of(&["train", "--json", "--out", &shop.path(&cut), "--resume", "--steps", "30"]);
         assert_eq!(adapter_bytes(&shop.path(&cut)), adapter_bytes(&out), "{method}");
     }
-    let (code, message) =
-        refused(&["merge", "--model", &model, "--adapter", &shop.path("prompt"), "--out", &shop.path("merged")]);
-    assert!(code == 1 && message.contains("no part of any weight"), "{message}");
+    for method in ["prompt", "llama-adapter"] {
+        let (code, message) =
+            refused(&["merge", "--model", &model, "--adapter", &shop.path(method), "--out", &shop.path("merged")]);
+        assert!(code == 1 && message.contains("no part of any weight"), "{message}");
+    }
+    // All layers, where none is named.
+    let inspected = json_of(&["inspect", "--json", &shop.path("llama-adapter")]);
+    assert_eq!((&inspected["known"], &inspected["tensors"]), (&json!(true), &json!(4)), "{inspected}");
+    assert_eq!(inspected["config"]["adapter_layers"], json!(2), "{inspected}");
 }
 
 /// Without `--steps` of that number.
@@ -70,6 +77,11 @@ fn settings_that_prompts_do_not_have_are_refused() {
     assert!(refusal("prompt", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
     assert!(refusal("prefix", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
     assert!(refusal("prompt", &["--pack"]).contains("--pack"));
+    assert!(refusal("llama-adapter", &["--num-virtual-tokens", "0"]).contains("adapter_len"));
+    assert!(refusal("llama-adapter", &["--adapter-layers", "30"]).contains("at most the 2 layers"));
+    assert!(refusal("llama-adapter", &["--modules-to-save", "lm_head"]).contains("--modules-to-save lm_head"));
+    assert!(refusal("llama-adapter", &["--targets", "q_proj"]).contains("adapts no layers"));
+    assert!(refusal("prompt", &["--adapter-layers", "1"]).contains("--adapter-layers: prompt has no such setting"));
     assert!(refusal("lora", &["--prompt-text", "x"]).contains("--prompt-text: lora has no such setting"));
 }
 
