@@ -4,7 +4,8 @@ use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::{AdapterAware, Embedded, SubLayer};
+use peft_core::{AdapterAware, Attended, Embedded, Named, Prompt, PromptShape, Prompts, SubLayer};
+use peft_kernels::{Sight, attention};
 
 use crate::state::{Part, fill, normal};
 
@@ -33,10 +34,41 @@ pub struct Stack {
     pub norm: LayerNorm,
     /// Behind the embeddings; through the weight seam nothing looks there.
     pub invertible_adapters: Embedded,
+    /// In front of the embeddings; through the weight seam nothing looks there.
+    pub prompts: Prompts,
+    /// What stands for the attention of a block.
+    pub attn: Attention,
     /// Where the one sub-layer ends; through the weight seam nothing looks there.
     pub output_adapters: SubLayer,
     /// Whether the model declares its layers adapter-aware.
     pub aware: Option<AdapterAware>,
+}
+
+/// Attention of `h` to itself, two heads wide, without projections. It is there for adapters alone: without one that acts there nothing is added to `h`, so that other methods have
+/// no kernels of it to wait for.
+#[derive(Module, Debug)]
+pub struct Attention {
+    attended: Named<Attended>,
+}
+
+impl Attention {
+    fn forward(&self, h: Tensor<3>, prompt: &Prompt) -> Tensor<3> {
+        let split = |x: Tensor<3>| {
+            let [batch, n, width] = x.dims();
+            x.reshape([batch, n, HEADS, width / HEADS])
+        };
+        let mut sum = h.clone();
+        if prompt.num_tokens() + prompt.num_past(0) > 0 {
+            let (keys, values) = prompt.behind_past(0, split(h.clone()), split(h.clone()));
+            let sight = Sight { causal: true, prefix: prompt.num_past(0), ..Sight::default() };
+            let scale = ((WIDTH / HEADS) as f64).sqrt().recip();
+            sum = sum + attention(split(h.clone()), keys, values, None, sight, scale).flatten(2, 3);
+        }
+        match self.attended.beside(&split(h), &|x| (split(x.clone()), split(x))) {
+            Some(more) => sum + more,
+            None => sum,
+        }
+    }
 }
 
 /// Added to the variance in `norm`.
@@ -46,7 +78,10 @@ pub(crate) const BATCH: usize = 2;
 pub(crate) const SEQ: usize = 4;
 pub(crate) const WIDTH: usize = 16;
 const INNER: usize = 32;
+const HEADS: usize = 2;
 pub(crate) const VOCAB: usize = 32;
+const SHAPE: PromptShape =
+    PromptShape { width: WIDTH, blocks: 1, kv_heads: HEADS, head_dim: WIDTH / HEADS, positions: 16, causal: true };
 pub(crate) const IDS: [i64; BATCH * SEQ] = [1, 5, 3, 7, 2, 0, 5, 31];
 
 impl Stack {
@@ -59,6 +94,8 @@ impl Stack {
             down: linear(INNER, WIDTH).with_bias(false).init(device),
             norm: LayerNormConfig::new(WIDTH).with_epsilon(EPSILON).init(device),
             invertible_adapters: Embedded::new(WIDTH, device),
+            prompts: Prompts::new(SHAPE, device),
+            attn: Attention { attended: Attended::new(WIDTH, device) },
             output_adapters: SubLayer::new(WIDTH, device),
             aware: aware.then_some(AdapterAware),
         };
@@ -73,10 +110,12 @@ impl Stack {
                 self.norm.forward(self.down.forward(silu(self.up.forward(h.clone()))) + h)
             }
             Seam::Activation => {
-                let h = self.invertible_adapters.enter(peft_core::embedding(&self.embed, ids) + x);
+                let h = self.invertible_adapters.enter(peft_core::embedding(&self.embed, ids.clone()) + x);
+                let (h, prompt) = self.prompts.enter(h, &ids, None);
+                let h = self.attn.forward(h, &prompt);
                 let y = peft_core::linear(&self.down, silu(peft_core::linear(&self.up, h.clone())));
                 let norm = |sum| peft_core::layer_norm(&self.norm, sum, EPSILON);
-                self.output_adapters.end(y, h, Some(&norm))
+                prompt.behind(self.output_adapters.end(y, h, Some(&norm)))
             }
         }
     }

@@ -37,7 +37,10 @@ pub(super) fn file<M: Method>(subject: &Subject<'_, M>) -> Outcome {
     let sites = subject.sites()?;
     let listed: BTreeSet<String> = sites
         .iter()
-        .flat_map(|site| M::tensors(site.kind).iter().map(move |t| format!("base_model.model.{}.{}", site.path, t.key)))
+        .flat_map(|site| {
+            let place = if M::OF_MODEL { String::new() } else { format!("base_model.model.{}.", site.path) };
+            M::tensors(site.kind).iter().map(move |t| format!("{place}{}", t.key))
+        })
         .collect();
     if let Some(key) = tensors.keys().find(|key| !listed.contains(*key)) {
         return Err(format!("{key} is in the file, but `Method::tensors` does not list it").into());

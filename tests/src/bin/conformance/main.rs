@@ -8,6 +8,8 @@ mod adapter;
 #[path = "../../../../crates/peft-lora/tests/statement/mod.rs"]
 mod lora;
 mod models;
+#[path = "../../../../crates/peft-prompt/tests/laws/statement.rs"]
+mod prompt;
 
 use std::process::ExitCode;
 
@@ -107,6 +109,11 @@ fn main() -> ExitCode {
         checks.extend(runner.laws(name, adapter::bottleneck_laws(method)));
     }
     checks.extend(runner.compositions());
+    checks.extend(runner.laws("prompt", prompt::prompt()));
+    checks.extend(runner.laws("prefix", prompt::prefix()));
+    checks.extend(runner.laws("p-tuning", prompt::p_tuning()));
+    checks.extend(runner.laws("multitask", prompt::multitask()));
+    checks.extend(runner.laws("llama-adapter", prompt::llama_adapter()));
     // Drivers may have f64 and yet no exponential of it.
     for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));

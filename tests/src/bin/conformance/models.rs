@@ -7,7 +7,8 @@ use peft_core::{Peft, Targets, load_adapter};
 use peft_lora::LoraConfig;
 use peft_models::config::InputConfig;
 use peft_models::encoder::{Input, Text};
-use peft_models::{CausalLm, ModelSource, Pretrained, PretrainedEncoder};
+use peft_models::{CausalLm, KvCache, Layout, ModelSource, Pretrained, PretrainedEncoder};
+use peft_prompt::{PrefixTuningConfig, PromptTuningConfig};
 use peft_testkit::{Failure, Finding, Golden, Outcome, difference, read};
 use peft_train::data::{BatchOptions, Batches, Sample};
 use peft_train::{AdapterOf, NextToken, Record, Stop, TrainConfig, read_metrics, train};
@@ -38,6 +39,9 @@ pub(crate) fn checks() -> Vec<(String, ModelCheck)> {
     }
     for (base, name) in ADAPTERS {
         checks.push((format!("golden lora {base} {name}"), Box::new(move |device| golden_adapter(base, name, device))));
+    }
+    for (base, name) in [("llama", "prompt_tuning"), ("qwen2", "prefix_tuning"), ("gpt2", "prefix_tuning")] {
+        checks.push((format!("prompts {base} {name}"), Box::new(move |device| prompts(base, name, device))));
     }
     for name in ["bert_seqcls", "roberta_tokcls", "distilbert_qa", "vit_imgcls", "dinov2_imgcls"] {
         checks.push((format!("encoder {name}"), Box::new(move |device| encoder(name, device))));
@@ -71,6 +75,27 @@ fn golden_adapter(base: &str, name: &str, device: &Device) -> Outcome {
     let dir = testdata("lora").join(base).join(name);
     let (model, _) = load_adapter::<_, LoraConfig>(model(&format!("models/{base}"), device)?, &dir)?;
     golden(&model, &dir, device)
+}
+
+/// Logits behind a prompt of PEFT, token by token and at once, are those on Burn's default CPU backend.
+fn prompts(base: &str, name: &str, device: &Device) -> Outcome {
+    let (found, expected) = (prompted(base, name, device)?, prompted(base, name, &Device::flex())?);
+    Ok(Finding::Measured { deviation: difference(&found, &expected), bound: BOUND })
+}
+
+fn prompted(base: &str, name: &str, device: &Device) -> Result<Vec<f64>, Failure> {
+    let (model, dir) = (model(&format!("models/{base}"), device)?, testdata("prompts").join(base).join(name));
+    let model = match name {
+        "prefix_tuning" => load_adapter::<_, PrefixTuningConfig>(model, &dir)?.0,
+        _ => load_adapter::<_, PromptTuningConfig>(model, &dir)?.0,
+    };
+    let ids = |ids: &[i64]| Tensor::<2, Int>::from_data(TensorData::new(ids.to_vec(), [1, ids.len()]), device);
+    let mut values = read(model.forward(ids(&[3, 1, 8, 4])))?;
+    let mut cache = KvCache::default();
+    for part in [&[3, 1][..], &[8], &[4]] {
+        values.extend(read(model.hidden(ids(part), Layout::Rows, Some(&mut cache)))?);
+    }
+    Ok(values)
 }
 
 /// Logits of an encoder, of texts with padding or of pictures, are those on Burn's default CPU backend.
