@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::encoders::encoder;
 use crate::golden::{BOUND, deviation, floats, ints, model, testdata};
+use crate::prompts::written;
 
 const CASES: [(&str, &str); 4] = [
     ("llama", "adaption_prompt"),
@@ -48,12 +49,13 @@ fn adapters_of_peft_give_its_logits_and_go_back() {
         let found: Vec<f32> = adapted.forward(ids()).narrow(2, 0, 16).into_data().iter().collect();
         let off = deviation(&found, &floats(&dir.join("logits.safetensors"), "logits"));
         assert!(off < BOUND, "{base}/{case}: {off}");
-        let out = tempfile::tempdir().unwrap();
-        save_adapter(&adapted, &method, None, out.path()).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let out = written(&format!("{base}/{case}"), scratch.path());
+        save_adapter(&adapted, &method, None, &out).unwrap();
         let bytes = |dir: &Path| std::fs::read(dir.join(TENSOR_FILE)).unwrap();
-        assert_eq!(bytes(out.path()), bytes(&dir), "{base}/{case}");
+        assert_eq!(bytes(&out), bytes(&dir), "{base}/{case}");
         for field in ["peft_type", "task_type", "adapter_len", "adapter_layers", "target_modules"] {
-            assert_eq!(json(out.path())[field], json(&dir)[field], "{base}/{case}: {field}");
+            assert_eq!(json(&out)[field], json(&dir)[field], "{base}/{case}: {field}");
         }
     }
 }

@@ -124,7 +124,8 @@ fn without(prefix: &str) -> impl Fn((String, Values)) -> (String, Values) {
     move |(key, values)| (key.strip_prefix(prefix).map_or(key.clone(), str::to_owned), values)
 }
 
-/// Writes the adapter of `module`: exactly the adapter's tensors, and the base parameters that were trained with it.
+/// Writes the adapter of `module`, a causal language model: exactly the adapter's tensors, and the base parameters that were trained with it. Of another model
+/// [`AdapterFile::collect`] it and say its [`task_type`](AdapterFile::task_type), by which PEFT wraps the model.
 ///
 /// # Errors
 /// When the device or the file system fails, or `module` carries no adapter.
