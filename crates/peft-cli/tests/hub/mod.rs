@@ -60,8 +60,11 @@ fn what_cannot_be_converted_is_refused() {
     let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
     assert!(code != 0 && message.contains("target_modules") && message.contains("lora/llama/all_linear"), "{message}");
     // And a part of a method that is not built is named, with the folder that asks for it.
-    let adapter = testdata("adapterhub/bert_lora_gating");
+    let adapter = testdata("adapterhub/bert_compacter_own_rule");
     let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
-    assert!(code != 0 && message.contains("use_gating") && message.contains("bert_lora_gating"), "{message}");
+    assert!(
+        code != 0 && message.contains("factorized_phm_rule") && message.contains("bert_compacter_own_rule"),
+        "{message}"
+    );
     assert!(!message.contains("peft train"), "{message}");
 }
