@@ -32,6 +32,19 @@ pub enum LayerKind {
 }
 
 impl LayerKind {
+    /// All of them.
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Linear,
+        Self::Conv1D,
+        Self::Embedding,
+        Self::LayerNorm,
+        Self::RmsNorm,
+        Self::Conv2d,
+        Self::SubLayer,
+        Self::Embedded,
+        Self::Prompts,
+    ];
+
     fn of(container: &str) -> Option<Self> {
         match container {
             "Struct:Linear" => Some(Self::Linear),

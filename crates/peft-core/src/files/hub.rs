@@ -1,5 +1,7 @@
 //! AdapterHub's layout: `adapter_config.json` with an object `config`, and `adapter.safetensors` or `pytorch_adapter.bin`.
 
+mod union;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -30,10 +32,21 @@ pub struct HubFolder {
 
 /// The `peft_type` of what the JSON of an AdapterHub folder describes; nothing for another layout.
 pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
-    let config = json.get("config").and_then(Value::as_object)?;
+    method_type(json.get("config").and_then(Value::as_object)?)
+}
+
+/// The field that says what kind of method a configuration is of; bottlenecks have none.
+const ARCHITECTURE: &str = "architecture";
+
+/// What it says of a union.
+const UNION: &str = "union";
+
+fn method_type(config: &Map<String, Value>) -> Option<&'static str> {
     let text = |key: &str| config.get(key).and_then(Value::as_str);
-    match (text("architecture"), text("composition_mode")) {
+    match (text(ARCHITECTURE), text("composition_mode")) {
         (None, _) => Some("BOTTLENECK"),
+        (Some(UNION), _) => Some("UNION"),
+        (Some("prefix_tuning"), _) => Some("PREFIX_TUNING"),
         (Some("lora"), Some("scale")) => Some("IA3"),
         (Some("lora"), _) => Some("LORA"),
         _ => None,
