@@ -40,7 +40,7 @@ pub const ENCODER_PREFIX: &str = "prompt_encoder.";
 /// `task_type` of adapters on language models.
 pub const CAUSAL_LM: &str = "CAUSAL_LM";
 
-/// The key of a prompt, which has no path and nothing before it.
+/// The key of a prompt.
 pub const PROMPT_KEY: &str = "prompt_embeddings";
 
 const PREFIX: &str = "base_model.model.";
@@ -253,7 +253,7 @@ impl<M: Method> AdapterFile<M> {
         let (encoder, tensors): (Vec<_>, Vec<_>) =
             self.tensors.iter().partition(|(key, _)| key.starts_with(ENCODER_PREFIX));
         let prefixed = tensors.into_iter().map(|(key, values)| {
-            let name = if key == PROMPT_KEY { key.clone() } else { format!("{}{key}", Self::PREFIX) };
+            let name = if M::is_of_model(key) { key.clone() } else { format!("{}{key}", Self::PREFIX) };
             (name, values)
         });
         let mut tensors = write_values(prefixed, &path)?;
@@ -460,8 +460,7 @@ impl<M: Method> Keys<M> {
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
         match location.kind.and_then(|kind| M::key(kind, field)) {
             Some((key, transposed)) => {
-                let name =
-                    if location.kind == Some(LayerKind::Prompts) { key } else { format!("{}.{key}", location.module) };
+                let name = if M::is_of_model(&key) { key } else { format!("{}.{key}", location.module) };
                 Ok(Key { name, transposed, required: true })
             }
             None => Err(Problem::Other {

@@ -33,7 +33,7 @@ pub enum LayerKind {
 
 impl LayerKind {
     /// All of them.
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Linear,
         Self::Conv1D,
         Self::Embedding,
@@ -43,6 +43,7 @@ impl LayerKind {
         Self::SubLayer,
         Self::Embedded,
         Self::Prompts,
+        Self::Attended,
     ];
 
     fn of(container: &str) -> Option<Self> {

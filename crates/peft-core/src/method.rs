@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::attach::{self, wants};
-use crate::files::{ENCODER_PREFIX, HubFolder, Values};
+use crate::files::{HubFolder, Values};
 use crate::{Activation, AdapterFile, LayerKind, Result, Scan, Site, Targets};
 
 /// One tensor of an adapter, as Hugging Face's file holds it.
@@ -39,7 +39,7 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// has none.
     const FAST: &'static [&'static str] = &[];
 
-    /// Whether the adapter belongs to the model as a whole: the file's keys of its tensors have no path before them then, as those of PEFT's prompt methods.
+    /// Whether the adapter belongs to the model as a whole, as those of PEFT's prompt methods: see [`is_of_model`](Self::is_of_model).
     const OF_MODEL: bool = false;
 
     /// The trained state in one weight.
@@ -72,7 +72,7 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         attach::select(found, self)
     }
 
-    /// Whether [`select`](Self::select) takes the layer; never where the targets make no sense, which it refuses.
+    /// Whether the layer is one that [`select`](Self::select) may take; never where the targets make no sense, which it refuses.
     fn takes(&self, site: &Site) -> bool {
         self.targets().matcher().is_ok_and(|matcher| wants(self, &matcher, &site.path, Some(site.kind)))
     }
@@ -105,22 +105,16 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         })
     }
 
+    /// Whether a file's key is that of a tensor of the adapter's that belongs to the model as a whole, so that it has no path and nothing before it.
+    fn is_of_model(key: &str) -> bool {
+        let _ = key;
+        false
+    }
+
     /// Whether a file's key, without what all keys begin with, is that of one of the adapter's tensors.
     fn holds(key: &str) -> bool {
-        if Self::OF_MODEL && key.starts_with(ENCODER_PREFIX) {
-            return true;
-        }
-        let ends = |tensor: &FileTensor| match key.strip_suffix(tensor.key) {
-            Some(module) => {
-                if Self::OF_MODEL {
-                    module.is_empty()
-                } else {
-                    module.ends_with('.')
-                }
-            }
-            None => false,
-        };
-        LayerKind::ALL.into_iter().flat_map(Self::tensors).any(ends)
+        let ends = |tensor: &FileTensor| key.strip_suffix(tensor.key).is_some_and(|module| module.ends_with('.'));
+        Self::is_of_model(key) || LayerKind::ALL.into_iter().flat_map(Self::tensors).any(ends)
     }
 
     /// Whether some of the adapter belongs to the model as a whole, at its [`Prompts`](crate::Prompts).

@@ -160,6 +160,10 @@ impl<A: Method, B: Method> Method for Union<A, B> {
         }
     }
 
+    fn is_of_model(key: &str) -> bool {
+        A::is_of_model(key) || B::is_of_model(key)
+    }
+
     fn holds(key: &str) -> bool {
         A::holds(key) || B::holds(key)
     }

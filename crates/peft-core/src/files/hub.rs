@@ -38,6 +38,9 @@ pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
 /// The field that says what kind of method a configuration is of; bottlenecks have none.
 const ARCHITECTURE: &str = "architecture";
 
+/// What keys of a prefix begin with, or have behind the model's name.
+const PREFIX_TUNING: &str = "prefix_tuning.";
+
 /// What it says of a union.
 const UNION: &str = "union";
 
@@ -79,7 +82,9 @@ impl HubFolder {
     /// # Errors
     /// When the file system refuses.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let model_type = self.tensors.keys().next().and_then(|key| key.split('.').next());
+        // Keys of a prefix may begin with what the library finds in every model.
+        let model_type = self.tensors.keys().find(|key| !key.starts_with(PREFIX_TUNING));
+        let model_type = model_type.and_then(|key| key.split('.').next());
         let json = serde_json::json!({
             "config": self.config,
             "model_class": null,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::{ARCHITECTURE, HUB_TENSOR_FILE, HubFolder, UNION, method_type};
+use super::{ARCHITECTURE, HUB_TENSOR_FILE, HubFolder, PREFIX_TUNING, UNION, method_type};
 use crate::{Error, Problem, Result};
 
 const CONFIGS: &str = "configs";
@@ -17,6 +17,12 @@ fn containers(method: &str) -> &'static [&'static str] {
         "PREFIX_TUNING" => &["prefix_tunings", "prefix_gates"],
         _ => &[],
     }
+}
+
+/// The model's name that the key of something in a block begins with; those of an encoder without a head have none.
+fn model_of(key: &str) -> Option<&str> {
+    let headless = ["encoder.layer.", "transformer.layer.", PREFIX_TUNING];
+    if headless.iter().any(|start| key.starts_with(start)) { None } else { key.split('.').next() }
 }
 
 impl HubFolder {
@@ -76,8 +82,13 @@ impl HubFolder {
                 None => whole = Some(part),
             }
         }
-        let whole = whole.ok_or_else(|| Error::config(CONFIGS, "a configuration at least", "none"))?;
+        let mut whole = whole.ok_or_else(|| Error::config(CONFIGS, "a configuration at least", "none"))?;
         let config = Map::from_iter([(ARCHITECTURE.to_owned(), json!(UNION)), (CONFIGS.to_owned(), configs.into())]);
+        // The library finds a prefix by itself where no key begins with the model's name; where others do, so must its own.
+        if let Some(model) = whole.tensors.keys().find_map(|key| model_of(key)).map(str::to_owned) {
+            let named = |key: String| if key.starts_with(PREFIX_TUNING) { format!("{model}.{key}") } else { key };
+            whole.tensors = whole.tensors.into_iter().map(|(key, values)| (named(key), values)).collect();
+        }
         Ok(Self { config, ..whole })
     }
 
