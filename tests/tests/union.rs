@@ -60,7 +60,7 @@ fn a_place_has_room_for_one_part() {
     assert!(error.contains("uq") && error.contains("dwon"), "{error}");
     let empty = Union::<LoraConfig, Ia3Config>::new(None, None);
     assert!(base.clone().attach(&empty).unwrap_err().to_string().contains("parts"));
-    let nested = Union::new(Union::new(lora(), None::<Ia3Config>), None::<Ia3Config>);
+    let nested = Union::<_, Ia3Config>::new(Union::<_, Ia3Config>::new(lora(), None), None);
     assert!(base.attach(&nested).unwrap_err().to_string().contains("last place"));
 }
 

@@ -1,7 +1,6 @@
 //! Prefixes in AdapterHub's layout.
 //!
-//! Keys there: `{model}.prefix_tuning.prefix_tunings.{name}.self_prefix.…`, repeated under each block, which is left out here; where no key begins with the model's
-//! name the library finds the prefix too. A gate is in its block: `{model}.encoder.layer.0.attention.self.prefix_tuning.prefix_gates.{name}.weight`.
+//! Keys there: `{model}.prefix_tuning.prefix_tunings.{name}.self_prefix.…`; where no key begins with the model's name the library finds the prefix too. A gate is in its block: `{model}.encoder.layer.0.attention.self.prefix_tuning.prefix_gates.{name}.weight`.
 //! What is learned has the same order as here, block by block, keys first.
 
 use std::collections::BTreeMap;
@@ -76,7 +75,7 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(PrefixTuningConfig, BTreeMap<S
     let (prefix, gate) =
         (format!(".prefix_tunings.{}.self_prefix.", folder.name), format!(".prefix_gates.{}.", folder.name));
     let (mut tensors, mut problems) = (BTreeMap::new(), Vec::new());
-    for (key, values) in folder.tensors.iter().filter(|(key, _)| !key.contains(".prefix_tuning.pool.")) {
+    for (key, values) in folder.tensors.iter() {
         let here = if let Some((_, rest)) = key.split_once(&prefix) {
             let encoder = ENCODER.iter().find(|(there, _)| *there == rest);
             encoder

@@ -38,6 +38,9 @@ pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
 /// The field that says what kind of method a configuration is of; bottlenecks have none.
 const ARCHITECTURE: &str = "architecture";
 
+/// Keys by which a pickle names a prefix again under each block.
+const REPEATED: &str = ".prefix_tuning.pool.";
+
 /// What keys of a prefix begin with, or have behind the model's name.
 const PREFIX_TUNING: &str = "prefix_tuning.";
 
@@ -71,7 +74,8 @@ impl HubFolder {
             return Err(Error::format(&path, "no object `config`"));
         };
         let safe = dir.join(HUB_TENSOR_FILE);
-        let tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
+        let mut tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
+        tensors.retain(|key, _| !key.contains(REPEATED));
         let mut folder = Self { config, name, model, tensors };
         renew(&mut folder, &json);
         Ok(folder)
