@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::Gate;
-use crate::activation::adapter;
+use crate::activation::{Activation, adapter};
 use crate::sub_layer::new_place;
 
 /// What the prompts of a model are like.
@@ -108,7 +108,7 @@ impl Prompts {
 
     /// How many positions of a row are taken by what is learned; none without an adapter.
     pub fn positions(&self) -> usize {
-        adapter(&self.place).flatten().map_or(0, |adapter| adapter.prompt_positions())
+        adapter(&self.place).flatten().map_or(0, Activation::prompt_positions)
     }
 
     /// The embeddings of a batch with its virtual tokens, and what stands in front of it besides; `x` and nothing without an adapter.

@@ -75,7 +75,7 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(PrefixTuningConfig, BTreeMap<S
     let (prefix, gate) =
         (format!(".prefix_tunings.{}.self_prefix.", folder.name), format!(".prefix_gates.{}.", folder.name));
     let (mut tensors, mut problems) = (BTreeMap::new(), Vec::new());
-    for (key, values) in folder.tensors.iter() {
+    for (key, values) in &folder.tensors {
         let here = if let Some((_, rest)) = key.split_once(&prefix) {
             let encoder = ENCODER.iter().find(|(there, _)| *there == rest);
             encoder
