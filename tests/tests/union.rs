@@ -14,6 +14,7 @@ use peft_core::{
 use peft_lora::LoraConfig;
 use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};
+use peft_prompt::PrefixTuningConfig;
 use peft_testkit::{Laws, Stack, fill_adapter, table};
 use peft_union::{Mixture, Parts, mam, unipelt};
 use serde_json::json;
@@ -40,7 +41,11 @@ fn a_union_obeys_the_laws() {
     let (up, down) = (lora(), Ia3Config::new(Targets::modules(["down"])));
     let laws = Laws::new(Union::new(BottleneckConfig::pfeiffer(4.0), up.clone()), |_, _| 0, ("parts", json!([])));
     hold(&laws.skip("unaware", "a place is there for adapters alone"));
-    hold(&Laws::new(Union::new(up, down), |_, _| 0, ("parts", json!([]))));
+    hold(&Laws::new(Union::new(up.clone(), down), |_, _| 0, ("parts", json!([]))));
+    let prefix = PrefixTuningConfig::new(3).with_projection(4).without_shift();
+    let three = Union::new(prefix, Union::new(BottleneckConfig::parallel(4.0), up));
+    let laws = Laws::new(three, |_, _| 0, ("parts", json!([])));
+    hold(&laws.skip("unaware", "a place is there for adapters alone").skip("identity", "a prefix is read"));
 }
 
 #[test]

@@ -89,11 +89,39 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(PrefixTuningConfig, BTreeMap<S
             None => problems.push(Problem::Unknown { name: key.clone() }),
         }
     }
+    if let Some(values) = encoded(&tensors, method.non_linearity) {
+        tensors.insert(KEY.to_owned(), values);
+    }
     if problems.is_empty() {
         Ok((method, tensors))
     } else {
         Err(Error::Tensors { path: HUB_TENSOR_FILE.into(), problems })
     }
+}
+
+/// What the encoder in a file makes, which our own layout holds too; nothing where there is none, or its shapes fit nothing, which is refused later.
+fn encoded(tensors: &BTreeMap<String, Values>, between: Between) -> Option<Values> {
+    let part = |name: &str| tensors.get(&format!("{ENCODER_PREFIX}{name}"));
+    let layer = |x: &Values, number: usize| {
+        let weight = part(&format!("transform.{number}.weight"))?;
+        let bias = part(&format!("transform.{number}.bias"))?;
+        let ([n, d_in], [d_out, same]) = (x.shape[..].try_into().ok()?, weight.shape[..].try_into().ok()?);
+        let fits: bool = d_in == same && d_in > 0 && bias.values.len() == d_out;
+        let row = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+        let of_token = |x: &[f32]| -> Vec<f32> {
+            let products = weight.values.chunks(d_in).zip(&bias.values);
+            products.map(|(w, b)| (row(x, w) + f64::from(*b)) as f32).collect()
+        };
+        fits.then(|| Values { shape: vec![n, d_out], values: x.values.chunks(d_in).flat_map(of_token).collect() })
+    };
+    let mut inner = layer(part("embedding.weight")?, 0)?;
+    inner.values.iter_mut().for_each(|value| {
+        *value = match between {
+            Between::Tanh => value.tanh(),
+            Between::Relu => value.max(0.0),
+        };
+    });
+    layer(&inner, 2)
 }
 
 /// A prefix as a matrix with a row for each token; everything else as it is.

@@ -206,7 +206,9 @@ impl Method for PrefixTuningConfig {
         let shape = shape_of(site, n)?;
         let blocks = self.blocks(shape.blocks)?;
         let count = blocks.as_ref().map_or(shape.blocks, Vec::len);
-        let (width, out) = (shape.kv_width(), 2 * count * shape.kv_width());
+        // AdapterHub's encoders read tokens as wide as the model, PEFT's as wide as a block's keys.
+        let width = if self.unshifted { shape.width } else { shape.kv_width() };
+        let out = 2 * count * shape.kv_width();
         let used = Use::Past { blocks, shifts: !self.unshifted };
         let gates = self.gates(site, &shape, count, seed)?;
         if self.prefix_projection && !self.direct {

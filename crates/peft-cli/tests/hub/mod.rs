@@ -8,7 +8,9 @@ use super::{Workshop, deviation, json_of, logits, refused, testdata};
 #[test]
 fn adapters_of_the_library_are_used_and_converted() {
     let model = testdata("encoders/roberta_seqcls");
-    for case in ["roberta_double_seq_bn", "roberta_par_bn", "roberta_lora", "roberta_ia3", "roberta_compacter"] {
+    let bottlenecks = ["roberta_double_seq_bn", "roberta_par_bn", "roberta_compacter"];
+    let others = ["roberta_lora", "roberta_ia3", "roberta_ia3_gating", "roberta_prefix_tuning_flat", "roberta_unipelt"];
+    for case in bottlenecks.into_iter().chain(others) {
         let path = format!("adapterhub/{case}/logits.safetensors");
         // Without padding in it, the first row is what the command computes.
         let tokens = ints(&path, "tokens");
