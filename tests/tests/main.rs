@@ -12,3 +12,4 @@ mod packed;
 mod prompt_variants;
 mod prompts;
 mod training;
+mod union;

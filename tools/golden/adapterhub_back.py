@@ -80,7 +80,8 @@ def main():
     logging.disable(logging.WARNING)
     source, *names = sys.argv[1:]
     source = Path(source)
-    cases = [(case["path"], case["variant"]) for case in json.loads((HUB / "cases.json").read_text())]
+    lists = [json.loads((HUB / name).read_text()) for name in ("cases.json", "prompt_cases.json")]
+    cases = [(case["path"], case["variant"]) for part in lists for case in part]
     cases += [(f"adapterhub/{base}_seq_bn_inv", "seq_bn_inv") for base in DECODERS]
     cases.append(("adapterhub/llama_lora_all", "lora_all"))
     worst, seen, refused, failed = 0.0, 0, 0, 0

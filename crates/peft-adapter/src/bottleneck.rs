@@ -15,7 +15,7 @@ use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Tensor, activation};
 use peft_core::kernels::{Nonlinearity, activate, layer_norm};
-use peft_core::{Dense, End, Result, Site, Start};
+use peft_core::{Dense, End, Gate, Result, Site, Start};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{BottleneckConfig, InitWeights, NonLinearity, Residual, Scaling};
@@ -33,7 +33,7 @@ pub struct Bottleneck {
     /// `[1]` or `[width]`, where the scale is learned.
     scale: Option<Param<Tensor<1>>>,
     norm_after: Option<OwnNorm>,
-    gate: Option<Dense>,
+    gate: Option<Gate>,
     dropout: Dropout,
     #[module(skip)]
     form: Form,
@@ -83,9 +83,7 @@ impl Bottleneck {
             up,
             scale,
             norm_after: config.ln_after.then(|| OwnNorm::new(site)),
-            gate: config.use_gating.then(|| {
-                Dense::new(site, [width, 1], Start::Normal { std: 0.02, cut: false }, &mut site.rng(seed ^ 1))
-            }),
+            gate: config.use_gating.then(|| Gate::new(site, [width, 1], &mut site.rng(seed ^ 1))),
             dropout: DropoutConfig::new(config.dropout).init(),
             form: Form {
                 non_linearity: config.non_linearity,
@@ -137,12 +135,11 @@ impl Bottleneck {
     /// What goes on.
     pub(crate) fn through(&self, x: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
         let ([batch, seq, width], dtype) = (x.dims(), x.dtype());
-        let x: Tensor<2> = x.reshape([batch * seq, width]).cast(self.down.dtype());
+        let rows: Tensor<2> = x.clone().reshape([batch * seq, width]).cast(self.down.dtype());
         let residual = residual.cast(self.down.dtype());
-        let mut y = self.dropout.forward(self.up(x.clone())).reshape([batch, seq, width]);
+        let mut y = self.dropout.forward(self.up(rows)).reshape([batch, seq, width]);
         if let Some(gate) = &self.gate {
-            // One number a sequence.
-            y = y * activation::sigmoid(gate.forward(x)).reshape([batch, seq, 1]).mean_dim(1);
+            y = y * gate.forward(x);
         }
         let add_residual = |y: Tensor<3>, before_norm: bool| {
             let here = before_norm == (self.form.adapter_residual_before_ln && !self.form.is_parallel);

@@ -1,8 +1,9 @@
 //! (IA)³: trained factors on what frozen layers compute. Liu et al. 2022, arXiv:2205.05638, section 3.3.
 //!
 //! - formula: `y = l ⊙ (x·W + b)`, `l: [d_out]`; in feed-forward modules `y = (l ⊙ x)·W + b`, `l: [d_in]`
+//! - with `use_gating`: `y = s·l ⊙ (x·W + b)`, `s` one number for each row of a batch, [`Gate`]; `d_in + 1` values more
 //! - trained: `d_out` or `d_in` values a weight
-//! - at init: identity, since `l = 1`, unless `init_ia3_weights` is `false`
+//! - at init: identity, since `l = 1`, unless `init_ia3_weights` is `false` or there is a gate, which starts near one half
 //!
 //! The paper scales keys, values and what enters the second layer of the feed-forward part: `k_proj`, `v_proj` and, as a feed-forward module,
 //! `down_proj`.
@@ -12,7 +13,9 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
-use peft_core::{Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Names, Result, Site, Targets};
+use peft_core::{
+    Activation, AdapterFile, Base, Error, FileTensor, Gate, LayerKind, Method, Names, Result, Site, Targets,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::hub;
@@ -43,6 +46,9 @@ pub struct Ia3Config {
     pub feedforward_modules: Names,
     /// Start as the identity; `false`, which is for tests, starts at `N(0, 1)`.
     pub init_ia3_weights: bool,
+    /// A gate on the scaled output, as in AdapterHub's library; PEFT has no such field.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub use_gating: bool,
     /// Whether the file's base weights are `[d_in, d_out]`, as GPT-2's. Written for Hugging Face; here the layer itself knows.
     pub fan_in_fan_out: bool,
     /// Which layers.
@@ -54,7 +60,13 @@ impl Default for Ia3Config {
     fn default() -> Self {
         // Not null, for which Python would take the modules that it knows for the architecture.
         let feedforward_modules = Names::List(Vec::new());
-        Self { feedforward_modules, init_ia3_weights: true, fan_in_fan_out: false, targets: Targets::default() }
+        Self {
+            feedforward_modules,
+            init_ia3_weights: true,
+            use_gating: false,
+            fan_in_fan_out: false,
+            targets: Targets::default(),
+        }
     }
 }
 
@@ -81,11 +93,16 @@ impl Ia3Config {
 
 const FEEDFORWARD: &str = "feedforward_modules";
 
+/// Why a gate is no part of a weight.
+const GATED: &str = "a gate weighs the output row by row";
+
 /// State of [`Ia3Config`] in one weight.
 #[derive(Module, Debug)]
 pub struct Ia3Adapter {
     /// `[1, d_out]`, or `[d_in, 1]` in a feed-forward module: as it multiplies the weight.
     pub l: Param<Tensor<2>>,
+    /// On the scaled output.
+    pub gate: Option<Gate>,
     /// Whether the input is scaled.
     pub feedforward: bool,
 }
@@ -100,6 +117,13 @@ impl Method for Ia3Config {
 
     fn check(&self) -> Result<()> {
         self.is_feedforward("")?;
+        if self.use_gating && self.feedforward_modules != Names::List(Vec::new()) {
+            return Err(Error::config(
+                FEEDFORWARD,
+                "none beside a gate, which is on outputs",
+                format!("{:?}", self.feedforward_modules),
+            ));
+        }
         let (Names::List(feedforward), Some(Names::List(targets))) =
             (&self.feedforward_modules, &self.targets.target_modules)
         else {
@@ -119,11 +143,18 @@ impl Method for Ia3Config {
         } else {
             site.normal(shape, 1.0, &mut site.rng(seed))
         };
-        Ok(Ia3Adapter { l, feedforward })
+        let gate = self.use_gating.then(|| Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1)));
+        Ok(Ia3Adapter { l, gate, feedforward })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
-        &[FileTensor { field: "l", key: "ia3_l", transposed: true }]
+        &const {
+            [
+                FileTensor { field: "l", key: "ia3_l", transposed: true },
+                FileTensor { field: "gate.dense.weight", key: "ia3_gate.weight", transposed: true },
+                FileTensor { field: "gate.dense.bias", key: "ia3_gate.bias", transposed: false },
+            ]
+        }
     }
 
     fn from_hub(folder: &HubFolder) -> Result<Option<(Self, BTreeMap<String, Values>)>> {
@@ -139,9 +170,16 @@ impl Method for Ia3Config {
     }
 
     fn needs_activation(&self, site: &Site) -> Option<String> {
+        if self.use_gating {
+            return Some(GATED.to_owned());
+        }
         // A regular expression that does not compile was refused by `check`.
         let scales_bias = site.has_bias && !self.is_feedforward(&site.path).unwrap_or(false);
         scales_bias.then(|| "(IA)³ scales the layer's bias".to_owned())
+    }
+
+    fn unmergeable(&self, _site: &Site) -> Option<String> {
+        self.use_gating.then(|| GATED.to_owned())
     }
 }
 
@@ -157,11 +195,14 @@ impl Reparameterization for Ia3Adapter {
 
 impl Activation for Ia3Adapter {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
-        Some(if self.feedforward {
-            base.linear(scaled(x, self.l.val().transpose()))
-        } else {
-            scaled(base.linear(x), self.l.val())
-        })
+        if self.feedforward {
+            return Some(base.linear(scaled(x, self.l.val().transpose())));
+        }
+        let (y, l) = (base.linear(x.clone()), self.l.val());
+        let Some(gate) = &self.gate else { return Some(scaled(y, l)) };
+        let ([batch, seq], [_, d_in], [rows, d_out]) = (base.leading(), x.dims(), y.dims());
+        let factors = gate.forward(x.reshape([batch, seq, d_in])) * l.unsqueeze(); // [batch, 1, d_out]
+        Some(scaled(y.reshape([batch, seq, d_out]), factors).reshape([rows, d_out]))
     }
 
     fn shift(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
@@ -171,8 +212,8 @@ impl Activation for Ia3Adapter {
     }
 }
 
-/// `l ⊙ x` in the type of `x`: `[rows, width]` and `[1, width]` to `[rows, width]`.
-fn scaled(x: Tensor<2>, l: Tensor<2>) -> Tensor<2> {
+/// `l ⊙ x` in the type of `x`: `[.., width]` and `[.., 1, width]` to `[.., width]`.
+fn scaled<const D: usize>(x: Tensor<D>, l: Tensor<D>) -> Tensor<D> {
     let dtype = x.dtype();
     (x.cast(l.dtype()) * l).cast(dtype)
 }

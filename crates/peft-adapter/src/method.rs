@@ -74,8 +74,8 @@ impl Method for BottleneckConfig {
                 plain("scale", "scaling"),
                 plain("norm_after.gamma", "adapter_norm_after.weight"),
                 plain("norm_after.beta", "adapter_norm_after.bias"),
-                matrix("gate.weight", "gate.weight"),
-                plain("gate.bias", "gate.bias"),
+                matrix("gate.dense.weight", "gate.weight"),
+                plain("gate.dense.bias", "gate.bias"),
             ]
         }
     }

@@ -3,6 +3,7 @@
 mod configure;
 mod llama_adapter;
 mod prompts;
+mod union;
 mod whole;
 
 use std::fmt::Debug;
@@ -24,7 +25,9 @@ use peft_prompt::{
 };
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
+use peft_union::Mixture;
 use prompts::{bank, multitask, p_tuning, prefix, prompt};
+use union::{mam, unipelt};
 use whole::Whole;
 
 use crate::model::FrozenType;
@@ -214,6 +217,26 @@ pub const METHODS: &[Entry] = &[
         merges: false,
         build: |settings| Ok(Box::new(llama_adapter(settings)?)),
         files: Some(&FilesOf::<LlamaAdapterConfig>(PhantomData)),
+    },
+    Entry {
+        name: "mam",
+        about: "prefix and parallel bottlenecks at once (He et al. 2022, arXiv:2110.04366)",
+        formula: "as prefix and parallel",
+        parameters: "those of prefix with its encoder, and of parallel",
+        learning_rate: 3e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(mam(settings)?)),
+        files: Some(&FilesOf::<Mixture>(PhantomData)),
+    },
+    Entry {
+        name: "unipelt",
+        about: "prefix, pfeiffer and lora at once, each with a gate; for encoders (Mao et al. 2022, arXiv:2110.07577)",
+        formula: "as prefix, pfeiffer and lora, each times mean(σ(x·G + g))",
+        parameters: "those of prefix with its encoder, of pfeiffer and of lora; d_in + 1 a gate",
+        learning_rate: 3e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(unipelt(settings)?)),
+        files: Some(&FilesOf::<Mixture>(PhantomData)),
     },
     Entry {
         name: "full",

@@ -50,7 +50,7 @@ pub struct Settings {
     #[serde(flatten)]
     pub packing: PackingArgs,
 
-    /// lora: rank of the update [default: 8]
+    /// lora, unipelt: rank of the update [default: 8]
     #[arg(long, help_heading = "Method", value_name = "R")]
     pub rank: Option<usize>,
     /// The update is scaled by alpha / rank [default: the rank, that is a scale of one]
@@ -76,13 +76,13 @@ pub struct Settings {
     #[arg(long, help_heading = "Method", value_name = "NAME=X")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
-    /// Width of the model over width of a bottleneck [default: 16]
+    /// Width of the model over width of a bottleneck [default: 16; mam: 2]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub reduction_factor: Option<f64>,
     /// Bottlenecks: an invertible adapter behind the embeddings besides (MAD-X), of half the model's width over X
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub inv_adapter: Option<f64>,
-    /// Prompt methods: length of the prompt [default: 20; llama-adapter: 10]
+    /// Prompt methods: length of the prompt [default: 20; mam: 30; llama-adapter and unipelt: 10]
     #[arg(long, help_heading = "Method", value_name = "N")]
     pub num_virtual_tokens: Option<usize>,
     /// llama-adapter: how many layers have a prompt, counted from the end [default: all]
@@ -106,7 +106,7 @@ pub struct Settings {
     /// p-tuning: what computes the prompt [default: mlp]
     #[arg(long, value_enum, help_heading = "Method", value_name = "KIND")]
     pub encoder: Option<PromptEncoder>,
-    /// Width of the encoder of a prompt [default: that of what it makes]
+    /// Width of the encoder of a prompt [default: that of what it makes; mam: 800; unipelt: 512]
     #[arg(long, help_heading = "Method", value_name = "N")]
     pub encoder_hidden_size: Option<usize>,
     /// p-tuning: layers of an LSTM [default: 2]

@@ -6,7 +6,7 @@ use burn::module::{Module, Param, ParamId, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
 use crate::{
-    Error, LayerKind, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
+    Error, LayerKind, Matcher, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
     visit_params,
 };
 
@@ -37,7 +37,7 @@ impl<T: Module> Peft for T {}
 /// activation seam where the method needs one. [`Error::Config`] for a configuration that makes no sense. Nothing is changed then.
 pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<T> {
     let found = scan(&module);
-    let sites = select(&found, method)?;
+    let sites = method.select(&found)?;
     let mut adapters = HashMap::new();
     for site in &sites {
         adapters.insert(site.id, method.init(site, seed)?);
@@ -45,6 +45,17 @@ pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<
     let trained = trained_base(&module, method, &found, &sites)?;
     activation::register::<M>();
     Ok(module.apply_reparameterization(Attacher { adapters, trained }))
+}
+
+/// Whether `method` asks for the module at that path; `kind` is that of a layer.
+pub(crate) fn wants<M: Method>(method: &M, matcher: &Matcher, path: &str, kind: Option<LayerKind>) -> bool {
+    let named = match kind {
+        Some(LayerKind::Embedded) => method.embeds(),
+        // A model has one such place, so there is nothing to choose.
+        Some(LayerKind::Prompts) => method.kinds().contains(&LayerKind::Prompts),
+        kind => matcher.matches(path, kind),
+    };
+    named && !method.leaves_out(path)
 }
 
 /// The sites that `method` adapts in the scanned module.
@@ -58,13 +69,7 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
     for (path, container) in &found.modules {
         let site = by_path.get(path.as_str()).copied();
         let behind = site.is_some_and(|site| site.kind == LayerKind::Embedded);
-        let wanted = match site.map(|site| site.kind) {
-            Some(LayerKind::Embedded) => method.embeds(),
-            // A model has one such place, so there is nothing to choose.
-            Some(LayerKind::Prompts) => method.kinds().contains(&LayerKind::Prompts),
-            kind => matcher.matches(path, kind),
-        };
-        if !wanted || method.leaves_out(path) {
+        if !wants(method, &matcher, path, site.map(|site| site.kind)) {
             continue;
         }
         match site {

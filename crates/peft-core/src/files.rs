@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 
 use crate::rebuild::Adapters;
 use crate::{
-    Error, LayerKind, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, attach,
+    Error, LayerKind, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, attach,
     base_fingerprint, hf_name, map_params, scan, visit_params,
 };
 
@@ -39,6 +39,9 @@ pub const ENCODER_PREFIX: &str = "prompt_encoder.";
 
 /// `task_type` of adapters on language models.
 pub const CAUSAL_LM: &str = "CAUSAL_LM";
+
+/// The key of a prompt.
+pub const PROMPT_KEY: &str = "prompt_embeddings";
 
 const PREFIX: &str = "base_model.model.";
 
@@ -196,7 +199,7 @@ impl<M: Method> AdapterFile<M> {
         let Filler { mut tensors, mut problems, encoded, .. } = filler;
         if encoded {
             // What an encoder computes is not stored twice.
-            tensors.retain(|key, _| !M::tensors(LayerKind::Prompts).iter().any(|tensor| tensor.key == key));
+            tensors.remove(PROMPT_KEY);
         }
         if !strictness.allow_unknown {
             problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
@@ -231,7 +234,7 @@ impl<M: Method> AdapterFile<M> {
         let mut tensors: BTreeMap<_, _> = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
         let base_fingerprint = fingerprint_of(&bytes, &path)?;
         let path = dir.join(ENCODER_FILE);
-        let method = if M::OF_MODEL && path.is_file() {
+        let method = if method.has_prompts() && path.is_file() {
             let encoder = read_values(&path)?.into_iter();
             tensors.extend(encoder.map(|(key, values)| (format!("{ENCODER_PREFIX}{key}"), values)));
             method
@@ -250,9 +253,8 @@ impl<M: Method> AdapterFile<M> {
         let path = dir.join(TENSOR_FILE);
         let (encoder, tensors): (Vec<_>, Vec<_>) =
             self.tensors.iter().partition(|(key, _)| key.starts_with(ENCODER_PREFIX));
-        let own = |key: &str| M::OF_MODEL && M::tensors(LayerKind::Prompts).iter().any(|tensor| tensor.key == key);
         let prefixed = tensors.into_iter().map(|(key, values)| {
-            let name = if own(key) { key.clone() } else { format!("{}{key}", Self::PREFIX) };
+            let name = if M::is_of_model(key) { key.clone() } else { format!("{}{key}", Self::PREFIX) };
             (name, values)
         });
         let mut tensors = write_values(prefixed, &path)?;
@@ -459,7 +461,7 @@ impl<M: Method> Keys<M> {
         let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
         match location.kind.and_then(|kind| M::key(kind, field)) {
             Some((key, transposed)) => {
-                let name = if M::OF_MODEL { key } else { format!("{}.{key}", location.module) };
+                let name = if M::is_of_model(&key) { key } else { format!("{}.{key}", location.module) };
                 Ok(Key { name, transposed, required: true })
             }
             None => Err(Problem::Other {
@@ -489,11 +491,12 @@ struct Collector<M> {
 impl<M: Method> Collector<M> {
     /// Adds what the adapters compute.
     fn compute<T: Module>(&mut self, module: &T, method: &M) -> Result<()> {
-        if !M::OF_MODEL {
+        if !method.has_prompts() {
             return Ok(());
         }
         let mut adapters = Adapters::of(module);
-        for site in scan(module).sites.iter().filter(|site| self.keys.adapted.contains(&site.path)) {
+        let prompts = |site: &&Site| site.kind == LayerKind::Prompts && self.keys.adapted.contains(&site.path);
+        for site in scan(module).sites.iter().filter(prompts) {
             let adapter = adapters.take(method, site)?;
             let Some((key, values)) = adapter.as_ref().and_then(M::computed) else { continue };
             match values.try_into_data() {

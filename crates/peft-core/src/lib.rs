@@ -6,7 +6,7 @@
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
 //! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`], [`Attended::beside`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
-//! - [`ComposedConfig`]: several adapters of a method at one place, as one.
+//! - [`ComposedConfig`]: several adapters of a method at one place, as one; [`Union`]: adapters of several methods, each at its own places.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
 //!
 //! Values replace state machines: the clone made before [`Peft::attach`] is the disabled model, the reference model and the un-merged model.
@@ -20,6 +20,7 @@ mod embedded;
 mod error;
 pub mod files;
 mod fingerprint;
+mod gate;
 mod location;
 mod merge;
 mod method;
@@ -32,6 +33,7 @@ mod site;
 mod sub_layer;
 mod targets;
 mod tasks;
+mod union;
 mod walk;
 
 pub use activation::{
@@ -46,6 +48,7 @@ pub use embedded::Embedded;
 pub use error::{Error, Problem, Result};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
 pub use fingerprint::base_fingerprint;
+pub use gate::Gate;
 pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
 pub use merge::merge;
 pub use method::{FileTensor, Method};
@@ -59,4 +62,5 @@ pub use site::{AdapterAware, Scan, Site, rng_of, scan};
 pub use sub_layer::{End, Norm, SubLayer};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};
 pub use tasks::{for_tasks, tasks};
+pub use union::{Union, UnionAdapter};
 pub use walk::{ParamMapper, ParamVisitor, map_params, visit_params};

@@ -32,6 +32,20 @@ pub enum LayerKind {
 }
 
 impl LayerKind {
+    /// All of them.
+    pub(crate) const ALL: [Self; 10] = [
+        Self::Linear,
+        Self::Conv1D,
+        Self::Embedding,
+        Self::LayerNorm,
+        Self::RmsNorm,
+        Self::Conv2d,
+        Self::SubLayer,
+        Self::Embedded,
+        Self::Prompts,
+        Self::Attended,
+    ];
+
     fn of(container: &str) -> Option<Self> {
         match container {
             "Struct:Linear" => Some(Self::Linear),

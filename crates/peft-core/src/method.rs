@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
-use burn::module::Reparameterization;
+use burn::module::{ModuleDisplay, Reparameterization};
 use burn::tensor::Tensor;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::attach::{self, wants};
 use crate::files::{HubFolder, Values};
-use crate::{Activation, AdapterFile, LayerKind, Result, Site, Targets};
+use crate::{Activation, AdapterFile, LayerKind, Result, Scan, Site, Targets};
 
 /// One tensor of an adapter, as Hugging Face's file holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +39,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// has none.
     const FAST: &'static [&'static str] = &[];
 
-    /// Whether the adapter belongs to the model as a whole: the file's keys of its tensors have no path before them then, as those of PEFT's prompt methods.
+    /// Whether the adapter belongs to the model as a whole, as those of PEFT's prompt methods: see [`is_of_model`](Self::is_of_model).
     const OF_MODEL: bool = false;
 
     /// The trained state in one weight.
-    type Adapter: Reparameterization;
+    type Adapter: Reparameterization + ModuleDisplay;
 
     /// Which layers are adapted, and what is trained besides.
     fn targets(&self) -> &Targets;
@@ -61,6 +62,19 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The kinds of layer that the method can adapt.
     fn kinds(&self) -> &'static [LayerKind] {
         &[LayerKind::Linear, LayerKind::Conv1D]
+    }
+
+    /// The layers of a model that are adapted: those that [`targets`](Self::targets) names, of the kinds that it can adapt.
+    ///
+    /// # Errors
+    /// [`Error::Attach`](crate::Error::Attach) with every reason at once why it cannot be attached.
+    fn select<'a>(&self, found: &'a Scan) -> Result<Vec<&'a Site>> {
+        attach::select(found, self)
+    }
+
+    /// Whether the layer is one that [`select`](Self::select) may take; never where the targets make no sense, which it refuses.
+    fn takes(&self, site: &Site) -> bool {
+        self.targets().matcher().is_ok_and(|matcher| wants(self, &matcher, &site.path, Some(site.kind)))
     }
 
     /// The adapter of one layer, with its initial values.
@@ -89,6 +103,23 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
             let (key, transposed) = listed(tensors, field)?;
             Some((format!("{several}.{number}.{key}"), transposed))
         })
+    }
+
+    /// Whether a file's key is that of a tensor of the adapter's that belongs to the model as a whole, so that it has no path and nothing before it.
+    fn is_of_model(key: &str) -> bool {
+        let _ = key;
+        false
+    }
+
+    /// Whether a file's key, without what all keys begin with, is that of one of the adapter's tensors.
+    fn holds(key: &str) -> bool {
+        let ends = |tensor: &FileTensor| key.strip_suffix(tensor.key).is_some_and(|module| module.ends_with('.'));
+        Self::is_of_model(key) || LayerKind::ALL.into_iter().flat_map(Self::tensors).any(ends)
+    }
+
+    /// Whether some of the adapter belongs to the model as a whole, at its [`Prompts`](crate::Prompts).
+    fn has_prompts(&self) -> bool {
+        Self::OF_MODEL
     }
 
     /// A tensor that the file holds though it is none of the adapter's parameters, with its key: what these compute, for everybody who only uses the adapter. They go

@@ -3,7 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 
-use crate::activation::adapter;
+use crate::Gate;
+use crate::activation::{Activation, adapter};
 use crate::sub_layer::new_place;
 
 /// What the prompts of a model are like.
@@ -107,7 +108,7 @@ impl Prompts {
 
     /// How many positions of a row are taken by what is learned; none without an adapter.
     pub fn positions(&self) -> usize {
-        adapter(&self.place).flatten().map_or(0, |adapter| adapter.prompt_positions())
+        adapter(&self.place).flatten().map_or(0, Activation::prompt_positions)
     }
 
     /// The embeddings of a batch with its virtual tokens, and what stands in front of it besides; `x` and nothing without an adapter.
@@ -132,6 +133,8 @@ pub struct Prompt {
     pub past: Option<Tensor<5>>,
     /// The blocks that have keys and values in `past`; all when `None`.
     pub blocks: Option<Vec<usize>>,
+    /// How much of its keys and values each of these blocks takes, one number for both or one for each; all where there is none.
+    pub gates: Vec<Gate>,
     /// How many positions later the text begins because of `past`.
     pub shift: usize,
 }
@@ -177,17 +180,29 @@ impl Prompt {
         if n == 0 { hidden } else { hidden.narrow(1, n, seq - n) }
     }
 
-    /// The keys and the values of a block behind the learned ones.
+    /// The keys and the values of a block behind the learned ones; `x` is what they are made of.
     ///
     /// # Shapes
-    /// `[batch, seq, kv_heads, head_dim]` to `[batch, n + seq, kv_heads, head_dim]`
-    pub fn behind_past(&self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    /// `x`: `[batch, seq, width]`; `[batch, seq, kv_heads, head_dim]` to `[batch, n + seq, kv_heads, head_dim]`
+    pub fn behind_past(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        keys: Tensor<4>,
+        values: Tensor<4>,
+    ) -> (Tensor<4>, Tensor<4>) {
         let (Some(past), Some(at)) = (&self.past, self.at(block)) else { return (keys, values) };
-        let before = |at: usize, x: Tensor<4>| {
-            let learned = past.clone().narrow(2, at, 1).squeeze_dim::<4>(2).cast(x.dtype());
-            Tensor::cat(vec![rows(learned, x.dims()[0]), x], 1)
+        let open = self.gates.get(at).map(|gate| gate.forward(x.clone())); // [batch, 1, 1 or 2]
+        let before = |which: usize, x: Tensor<4>| {
+            let learned = past.clone().narrow(2, 2 * at + which, 1).squeeze_dim::<4>(2);
+            let mut learned = rows(learned, x.dims()[0]);
+            if let Some(open) = &open {
+                let number = which.min(open.dims()[2] - 1);
+                learned = learned * open.clone().narrow(2, number, 1).unsqueeze_dim::<4>(3);
+            }
+            Tensor::cat(vec![learned.cast(x.dtype()), x], 1)
         };
-        (before(2 * at, keys), before(2 * at + 1, values))
+        (before(0, keys), before(1, values))
     }
 }
 

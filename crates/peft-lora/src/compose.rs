@@ -1,7 +1,7 @@
 //! `LoRA` as a part of compositions: the end of a linear layer is its place, and its update what it adds.
 
 use burn::tensor::Tensor;
-use peft_core::{Activation as _, Composable, End, LayerKind, Part};
+use peft_core::{Composable, End, LayerKind, Part};
 
 use crate::{LoraAdapter, LoraConfig};
 
@@ -17,15 +17,10 @@ impl Part for LoraAdapter {
 
     fn through(&self, seen: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
         let dtype = residual.dtype();
-        residual + self.update(self.dropout.forward(seen)).cast(dtype)
+        residual + self.added(self.dropout.forward(seen.clone()), seen).cast(dtype)
     }
 
     fn update(&self, seen: Tensor<3>) -> Tensor<3> {
-        let (a, b) = (self.a.val(), self.b.val());
-        let y = (seen.cast(a.dtype()).matmul(a.unsqueeze()) * self.scale).matmul(b.unsqueeze());
-        match self.shift(None) {
-            Some(shift) => y + shift.unsqueeze(),
-            None => y,
-        }
+        self.added(seen.clone(), seen)
     }
 }

@@ -10,11 +10,17 @@ use crate::LoraConfig;
 
 const CONTAINER: &str = "loras";
 
+/// What follows the adapter's name there, and the key here.
+const PARTS: [(&str, &str); 4] = [
+    ("lora_A", "lora_A.weight"),
+    ("lora_B", "lora_B.weight"),
+    ("gate.weight", "lora_gate.weight"),
+    ("gate.bias", "lora_gate.bias"),
+];
+
 pub(crate) fn read(folder: &HubFolder) -> Result<(LoraConfig, BTreeMap<String, Values>)> {
-    for (field, without) in [("use_gating", false), ("use_dora", false)] {
-        if let Some(found) = folder.config.get(field).filter(|found| **found != Value::Bool(without)) {
-            return Err(Error::config(field, format!("{without}: this part of LoRA is not built yet"), found));
-        }
+    if let Some(found) = folder.config.get("use_dora").filter(|found| **found != Value::Bool(false)) {
+        return Err(Error::config("use_dora", "false: this part of LoRA is not built yet", found));
     }
     let number = |field: &str, default: f64| match folder.config.get(field) {
         None | Some(Value::Null) => Ok(default),
@@ -22,12 +28,12 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(LoraConfig, BTreeMap<String, V
     };
     let (mut tensors, mut modules, mut problems) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
     for (module, rest, values) in folder.parts(CONTAINER)? {
-        match rest {
-            "lora_A" | "lora_B" => {
-                tensors.insert(format!("{module}.{rest}.weight"), values.clone());
+        match PARTS.iter().find(|(there, _)| *there == rest) {
+            Some((_, here)) => {
+                tensors.insert(format!("{module}.{here}"), values.clone());
                 modules.insert(module);
             }
-            _ => problems.push(Problem::Unknown { name: format!("{module}.{CONTAINER}.{}.{rest}", folder.name) }),
+            None => problems.push(Problem::Unknown { name: format!("{module}.{CONTAINER}.{}.{rest}", folder.name) }),
         }
     }
     if !problems.is_empty() {
@@ -38,6 +44,7 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(LoraConfig, BTreeMap<String, V
         rank: rank as usize,
         alpha: number("alpha", rank)?,
         dropout: number("dropout", 0.0)?,
+        use_gating: folder.config.get("use_gating").is_some_and(|gating| *gating == Value::Bool(true)),
         targets: Targets::modules(modules),
         ..LoraConfig::default()
     };
@@ -52,8 +59,7 @@ pub(crate) fn write(file: &AdapterFile<LoraConfig>, name: &str) -> Result<HubFol
     }
     let (mut tensors, mut modules) = (BTreeMap::new(), BTreeSet::new());
     for (key, values) in &file.tensors {
-        let part =
-            ["lora_A", "lora_B"].iter().find_map(|part| Some((key.strip_suffix(&format!(".{part}.weight"))?, part)));
+        let part = PARTS.iter().find_map(|(there, here)| Some((key.strip_suffix(here)?.strip_suffix('.')?, *there)));
         let Some((module, part)) = part else {
             let what = format!("{key} is no factor of a linear layer; keep what is trained whole in PEFT's layout");
             return Err(Error::config("modules_to_save", "null", what));
@@ -62,12 +68,13 @@ pub(crate) fn write(file: &AdapterFile<LoraConfig>, name: &str) -> Result<HubFol
         modules.insert(module);
     }
     let mut config = layers_config(modules)?;
-    let fields: [(&str, Value); 5] = [
+    let fields: [(&str, Value); 6] = [
         ("r", method.rank.into()),
         ("alpha", method.alpha.into()),
         ("dropout", method.dropout.into()),
         ("init_weights", "lora".into()),
         ("composition_mode", "add".into()),
+        ("use_gating", method.use_gating.into()),
     ];
     config.extend(fields.map(|(field, value)| (field.to_owned(), value)));
     Ok(HubFolder { config, name: name.to_owned(), model: file.base_model.clone(), tensors })

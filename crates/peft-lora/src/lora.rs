@@ -3,6 +3,7 @@
 //! - formula: `y = x·W + b + s·(dropout(x)·A·B + β)`, `A: [d_in, rank]`, `B: [rank, d_out]`
 //! - scale: `s = alpha / rank`, or `alpha / √rank` with rsLoRA
 //! - trained: `rank · (d_in + d_out)` values a weight, `d_out` more with `lora_bias`
+//! - with `use_gating`: `s` is one number for each row of a batch, [`Gate`]; `d_in + 1` values more
 //! - at init: identity, since `B = 0` (for embeddings `A = 0`), unless `init_lora_weights` is `false`
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
-    Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, pattern_value,
+    Activation, AdapterFile, Base, Error, FileTensor, Gate, LayerKind, Method, Result, Site, Targets, pattern_value,
 };
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Train a bias next to `B`.
     pub lora_bias: bool,
+    /// A gate in place of the scale, as in AdapterHub's library; PEFT has no such field.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub use_gating: bool,
     /// Initial values of `A` and `B`.
     pub init_lora_weights: InitWeights,
     /// Other ranks for modules that a name or regular expression matches; the first entry that matches counts.
@@ -75,6 +79,7 @@ impl Default for LoraConfig {
             dropout: 0.0,
             use_rslora: false,
             lora_bias: false,
+            use_gating: false,
             init_lora_weights: InitWeights::Kaiming,
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
@@ -127,6 +132,9 @@ impl LoraConfig {
     }
 }
 
+/// Why a gate is no part of a weight.
+const GATED: &str = "a gate weighs the update row by row";
+
 /// State of [`LoraConfig`] in one weight.
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
@@ -136,6 +144,8 @@ pub struct LoraAdapter {
     pub b: Param<Tensor<2>>,
     /// `[d_out]`
     pub bias: Option<Param<Tensor<1>>>,
+    /// In place of `scale`.
+    pub gate: Option<Gate>,
     /// Factor of the update.
     pub scale: f64,
     /// On the input of `a`; acts only during training.
@@ -146,6 +156,25 @@ impl LoraAdapter {
     /// `s·A·B`, `[d_in, d_out]`.
     pub fn delta(&self) -> Tensor<2> {
         (self.a.val() * self.scale).matmul(self.b.val())
+    }
+
+    /// `s·(dropped·A·B + β)`, where `dropped` is `x` or what dropout left of it, `[batch, seq, d_in]` to `[batch, seq, d_out]`.
+    pub(crate) fn added(&self, dropped: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
+        let (a, b) = (self.a.val(), self.b.val());
+        let inner = dropped.cast(a.dtype()).matmul(a.unsqueeze());
+        let Some(gate) = &self.gate else {
+            let y = (inner * self.scale).matmul(b.unsqueeze());
+            return match self.shift(None) {
+                Some(shift) => y + shift.unsqueeze(),
+                None => y,
+            };
+        };
+        let y = inner.matmul(b.unsqueeze());
+        let y = match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        };
+        y * gate.forward(x)
     }
 }
 
@@ -206,8 +235,16 @@ impl Method for LoraConfig {
             (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)),
             (true, _) => Some(site.zeros([site.d_out])),
         };
+        let gate = match (self.use_gating, site.kind) {
+            (false, _) => None,
+            (true, LayerKind::Embedding) => {
+                let expected = format!("false: {} is an embedding, which sees no activations", site.path);
+                return Err(Error::config("use_gating", expected, true));
+            }
+            (true, _) => Some(Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1))),
+        };
         let dropout = DropoutConfig::new(self.dropout).init();
-        Ok(LoraAdapter { a, b, bias, scale: self.scale_of(&site.path)?, dropout })
+        Ok(LoraAdapter { a, b, bias, gate, scale: self.scale_of(&site.path)?, dropout })
     }
 
     fn tensors(kind: LayerKind) -> &'static [FileTensor] {
@@ -219,7 +256,9 @@ impl Method for LoraConfig {
             _ => {
                 &const {
                     let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
-                    [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias]
+                    let gate = FileTensor { field: "gate.dense.bias", key: "lora_gate.bias", transposed: false };
+                    let weight = tensor("gate.dense.weight", "lora_gate.weight");
+                    [tensor("a", "lora_A.weight"), tensor("b", "lora_B.weight"), bias, weight, gate]
                 }
             }
         }
@@ -238,13 +277,19 @@ impl Method for LoraConfig {
     }
 
     fn needs_activation(&self, site: &Site) -> Option<String> {
-        if self.lora_bias {
+        if self.use_gating {
+            Some(GATED.to_owned())
+        } else if self.lora_bias {
             Some("lora_bias adds to the layer's output".to_owned())
         } else if self.dropout > 0.0 && site.kind != LayerKind::Embedding {
             Some("lora_dropout acts on the layer's input".to_owned())
         } else {
             None
         }
+    }
+
+    fn unmergeable(&self, _site: &Site) -> Option<String> {
+        self.use_gating.then(|| GATED.to_owned())
     }
 
     fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
@@ -291,6 +336,13 @@ impl Activation for LoraAdapter {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
         let drops = self.dropout.prob > 0.0 && x.device().is_autodiff();
         let dropped = drops.then(|| self.dropout.forward(x.clone()));
+        if self.gate.is_some() {
+            let y = base.linear(x.clone());
+            let ([batch, seq], [_, d_in], shape) = (base.leading(), x.dims(), y.dims());
+            let unfolded = |x: Tensor<2>| x.reshape([batch, seq, d_in]);
+            let added = self.added(unfolded(dropped.unwrap_or_else(|| x.clone())), unfolded(x)).cast(y.dtype());
+            return Some(y + added.reshape(shape));
+        }
         let y = base.low_rank(x, dropped, self.a.val(), self.b.val(), self.scale);
         Some(match self.shift(None) {
             Some(shift) => {
@@ -302,7 +354,8 @@ impl Activation for LoraAdapter {
     }
 
     fn shift(&self, _bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {
-        self.bias.as_ref().map(|bias| bias.val() * self.scale)
+        let bias = self.bias.as_ref().filter(|_| self.gate.is_none())?;
+        Some(bias.val() * self.scale)
     }
 
     fn embedding(&self, ids: Tensor<1, Int>, base: &Base<'_>) -> Option<Tensor<2>> {

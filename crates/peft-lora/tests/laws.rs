@@ -1,12 +1,13 @@
 //! LoRA in all its forms under the laws of `peft-testkit`.
+#![allow(clippy::unwrap_used, reason = "everything here is a test")]
 
 mod statement;
 
-use burn::tensor::Device;
-use peft_core::Targets;
+use burn::tensor::{DType, Device};
+use peft_core::{Peft as _, Targets};
 use peft_lora::{InitWeights, LoraConfig};
-use peft_testkit::{Laws, table};
-use statement::{laws, lora};
+use peft_testkit::{Laws, Stack, table};
+use statement::{gated, laws, lora};
 
 fn hold(laws: &Laws<LoraConfig>) {
     let checks = laws.run(&Device::flex());
@@ -54,6 +55,21 @@ fn dropout() {
 fn bias() {
     let targets = Targets::modules(["up"]);
     hold(&laws(LoraConfig { lora_bias: true, targets, ..lora() }));
+}
+
+#[test]
+fn gate() {
+    hold(&gated());
+}
+
+/// A gate is on everything that is added; and an embedding sees nothing that it could read.
+#[test]
+fn gate_on_a_bias_and_no_embedding() {
+    let gated = LoraConfig { use_gating: true, lora_bias: true, targets: Targets::modules(["up"]), ..lora() };
+    hold(&laws(gated.clone()));
+    let on_embedding = LoraConfig { lora_bias: false, targets: Targets::modules(["embed"]), ..gated };
+    let error = Stack::new(&Device::flex(), DType::F32, true).attach(&on_embedding).unwrap_err().to_string();
+    assert!(error.contains("use_gating") && error.contains("embed"), "{error}");
 }
 
 #[test]

@@ -77,10 +77,21 @@ impl Pass {
         }
     }
 
+    /// The keys and the values of a block behind the learned ones; `x` is what they are made of.
+    pub(crate) fn behind_past(
+        &self,
+        block: usize,
+        x: &Tensor<3>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+    ) -> (Tensor<4>, Tensor<4>) {
+        self.prompt.behind_past(block, x, k, v)
+    }
+
     /// Causal attention of the new tokens, after those in the cache.
     ///
     /// # Shapes
-    /// `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`; result `[batch, seq, heads · head_dim]`.
+    /// `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: those [behind the learned ones](Self::behind_past); result `[batch, seq, heads · head_dim]`.
     pub(crate) fn attend(
         &self,
         block: usize,
@@ -90,7 +101,6 @@ impl Pass {
         window: Option<usize>,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let (k, v) = self.prompt.behind_past(block, k, v);
         let new = Seen { keys: k, values: v, prefix: self.prompt.num_past(block) };
         let Seen { keys, values, prefix } = match cache {
             Some(cache) => cache.extend(block, new),

@@ -190,11 +190,12 @@ impl Gpt2Attention {
                 .expect("three chunks of a width that is a multiple of three");
             qkv.map(|part| split_heads(part, heads))
         };
-        let [q, k, v] = project(x);
+        let [q, k, v] = project(x.clone());
         let more = self.attended.beside(&q, &|x| {
             let [_, k, v] = project(x);
             (k, v)
         });
+        let (k, v) = pass.behind_past(block, &x, k, v);
         let y = self.c_proj.forward(pass.attend(block, q, k, v, None, cache));
         match more {
             // Behind the projection, as in PEFT.

@@ -204,8 +204,8 @@ impl LlamaAttention {
         let values = |x| split_heads(linear(&self.v_proj, x), kv_heads);
         let q = pass.rotate(normed(&self.q_norm, split_heads(linear(&self.q_proj, x.clone()), heads)));
         let more = self.attended.beside(&q, &|x| (keys(x.clone()), values(x)));
-        let k = pass.rotate(keys(x.clone()));
-        let y = linear(&self.o_proj, pass.attend(layer, q, k, values(x), config.sliding_window[layer], cache));
+        let (k, v) = pass.behind_past(layer, &x, pass.rotate(keys(x.clone())), values(x.clone()));
+        let y = linear(&self.o_proj, pass.attend(layer, q, k, v, config.sliding_window[layer], cache));
         match more {
             // With the bias of the projection twice, as in PEFT.
             Some(more) => y + linear(&self.o_proj, more),

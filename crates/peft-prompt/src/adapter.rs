@@ -1,8 +1,10 @@
 //! The state of a prompt method: what is learned, as it is used or as something computes it.
 
 use burn::module::{Module, Param, Reparameterization};
+use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Int, Tensor};
-use peft_core::{Activation, Error, FileTensor, Prompt, PromptShape, Reading, Result, Site, tasks};
+use peft_core::files::ENCODER_PREFIX;
+use peft_core::{Activation, Error, FileTensor, Gate, Prompt, PromptShape, Reading, Result, Site, tasks};
 
 use crate::encoder::Encoder;
 use crate::multitask::TaskFactors;
@@ -25,6 +27,10 @@ pub struct PromptAdapter {
     encoder: Option<Encoder>,
     /// What a task makes of it.
     factors: Option<TaskFactors>,
+    /// How much of it each block takes.
+    gates: Vec<Gate>,
+    /// On what is used; acts only during training.
+    dropout: Dropout,
     /// Length of a prompt.
     n: usize,
     #[module(skip)]
@@ -34,11 +40,24 @@ pub struct PromptAdapter {
 impl PromptAdapter {
     /// `values`: `[prompts·n, …]`
     pub(crate) fn direct(values: Param<Tensor<2>>, n: usize, used: Use) -> Self {
-        Self { direct: Some(values), encoder: None, factors: None, n, used }
+        Self { direct: Some(values), ..Self::empty(n, used) }
     }
 
     pub(crate) fn encoded(encoder: Encoder, n: usize, used: Use) -> Self {
-        Self { direct: None, encoder: Some(encoder), factors: None, n, used }
+        Self { encoder: Some(encoder), ..Self::empty(n, used) }
+    }
+
+    fn empty(n: usize, used: Use) -> Self {
+        let dropout = DropoutConfig::new(0.0).init();
+        Self { direct: None, encoder: None, factors: None, gates: Vec::new(), dropout, n, used }
+    }
+
+    pub(crate) fn with_gates(self, gates: Vec<Gate>) -> Self {
+        Self { gates, ..self }
+    }
+
+    pub(crate) fn with_dropout(self, dropout: f64) -> Self {
+        Self { dropout: DropoutConfig::new(dropout).init(), ..self }
     }
 
     pub(crate) fn with_factors(self, factors: TaskFactors) -> Self {
@@ -86,7 +105,10 @@ pub(crate) fn of_tasks(all: Tensor<3>, tasks: &[usize]) -> Tensor<3> {
 }
 
 /// The key of the prompt in PEFT's files.
-pub(crate) const KEY: &str = "prompt_embeddings";
+pub(crate) const KEY: &str = peft_core::files::PROMPT_KEY;
+
+/// What the keys of gates have, before the number of the gate.
+pub(crate) const GATES: &str = "prefix_gates";
 
 /// The key of a field: that of the prompt, of a task's factors, or one of the encoder's file.
 pub(crate) fn key(field: &str) -> Option<(String, bool)> {
@@ -96,8 +118,22 @@ pub(crate) fn key(field: &str) -> Option<(String, bool)> {
     if let Some(factor) = field.strip_prefix("factors.") {
         return Some((format!("prefix_task_{factor}"), false));
     }
+    if let Some(gate) = field.strip_prefix("gates.") {
+        let (number, parameter) = gate.split_once(".dense.")?;
+        return Some((format!("{GATES}.{number}.{parameter}"), parameter == "weight"));
+    }
     let (key, transposed) = Encoder::key(field.strip_prefix("encoder.")?)?;
-    Some((format!("{}{key}", peft_core::files::ENCODER_PREFIX), transposed))
+    Some((format!("{ENCODER_PREFIX}{key}"), transposed))
+}
+
+/// Whether the key is that of something without a path: all but gates, which are in blocks.
+pub(crate) fn is_of_model(key: &str) -> bool {
+    key.starts_with(ENCODER_PREFIX) || TENSORS.iter().any(|tensor| tensor.key == key)
+}
+
+/// Whether the key is that of something of a prompt.
+pub(crate) fn holds(key: &str) -> bool {
+    is_of_model(key) || key.contains(&format!(".{GATES}."))
 }
 
 /// What all prompt methods answer alike, of the items of [`Method`](peft_core::Method).
@@ -120,6 +156,14 @@ macro_rules! of_prompts {
 
         fn key(_kind: peft_core::LayerKind, field: &str) -> Option<(String, bool)> {
             $crate::adapter::key(field)
+        }
+
+        fn is_of_model(key: &str) -> bool {
+            $crate::adapter::is_of_model(key)
+        }
+
+        fn holds(key: &str) -> bool {
+            $crate::adapter::holds(key)
         }
 
         fn computed(adapter: &Self::Adapter) -> Option<(&'static str, burn::tensor::Tensor<2>)> {
@@ -183,9 +227,16 @@ impl Activation for PromptAdapter {
             Use::Past { blocks, shifts } => {
                 let [rows, n, _] = values.dims();
                 let count = blocks.as_ref().map_or(shape.blocks, Vec::len);
+                let values = self.dropout.forward(values);
                 let past = values.reshape([rows, n, 2 * count, shape.kv_heads, shape.head_dim]);
                 let shift = if *shifts { n } else { 0 };
-                Prompt { past: Some(past), blocks: blocks.clone(), shift, ..Prompt::default() }
+                Prompt {
+                    past: Some(past),
+                    blocks: blocks.clone(),
+                    gates: self.gates.clone(),
+                    shift,
+                    ..Prompt::default()
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What computes a prompt during training, so that its tokens are learned together; afterwards the prompt alone is needed.
 //!
 //! With what is learned for each token, `E: [n, in]`:
-//! - projection: `tanh(E·A + a)·B + b` (Li & Liang 2021, arXiv:2101.00190, section 4.3)
+//! - projection: `f(E·A + a)·B + b`, `f = tanh` (Li & Liang 2021, arXiv:2101.00190, section 4.3)
 //! - MLP: `relu(relu(E·A + a)·B + b)·C + c` (PEFT's P-tuning)
 //! - LSTM: `relu(lstm(E)·A + a)·B + b`, in both directions (Liu et al. 2021, arXiv:2103.10385, section 3.2); conditioned on the input, it reads the mean `s` of
 //!   the text's embeddings before them, `lstm([s; E])`, whose first output is left out
@@ -21,14 +21,37 @@ use crate::lstm::Lstm;
 pub struct Encoder {
     /// `[n, in]`
     embedding: Param<Tensor<2>>,
-    /// Prefix tuning's layers, with a hyperbolic tangent between them.
+    /// Prefix tuning's layers.
     transform: Vec<Dense>,
+    /// What is between them.
+    #[module(skip)]
+    between: Between,
     /// P-tuning's: reads all tokens in order.
     lstm_head: Option<Lstm>,
     /// P-tuning's layers, with a rectifier between them.
     mlp_head: Vec<Dense>,
     /// Whether the LSTM reads a summary of the text too.
     conditioned: bool,
+}
+
+/// What is between the layers of a prefix' projection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Between {
+    /// The hyperbolic tangent.
+    #[default]
+    Tanh,
+    /// `max(x, 0)`, as AdapterHub's library may have it.
+    Relu,
+}
+
+impl Between {
+    fn apply(self, x: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Tanh => x.tanh(),
+            Self::Relu => activation::relu(x),
+        }
+    }
 }
 
 /// The encoder of P-tuning.
@@ -45,10 +68,15 @@ pub enum EncoderKind {
 
 impl Encoder {
     /// That of prefix tuning: `[n, width]` through `inner` to `[n, out]`.
-    pub(crate) fn projection(site: &Site, [n, width, inner, out]: [usize; 4], rng: &mut impl Rng) -> Self {
+    pub(crate) fn projection(
+        site: &Site,
+        [n, width, inner, out]: [usize; 4],
+        between: Between,
+        rng: &mut impl Rng,
+    ) -> Self {
         let embedding = site.normal([n, width], 1.0, rng);
         let transform = vec![dense(site, width, inner, rng), dense(site, inner, out, rng)];
-        Self { embedding, transform, lstm_head: None, mlp_head: Vec::new(), conditioned: false }
+        Self { embedding, transform, between, lstm_head: None, mlp_head: Vec::new(), conditioned: false }
     }
 
     /// Those of P-tuning: `[n, width]` through `inner` to the same.
@@ -68,7 +96,7 @@ impl Encoder {
             }
         };
         let mlp_head = widths.windows(2).map(|pair| dense(site, pair[0], pair[1], rng)).collect();
-        Self { embedding, transform: Vec::new(), lstm_head, mlp_head, conditioned: false }
+        Self { embedding, transform: Vec::new(), between: Between::Tanh, lstm_head, mlp_head, conditioned: false }
     }
 
     /// The same with prompts that depend on the text; for an LSTM.
@@ -78,7 +106,7 @@ impl Encoder {
 
     /// `[1 or batch, n, out]`; without a text that of one whose mean is zero.
     pub(crate) fn forward(&self, reading: Option<&Reading<'_>>) -> Tensor<3> {
-        let x: Tensor<3> = through(&self.transform, self.embedding.val(), Tensor::tanh).unsqueeze_dim(0);
+        let x: Tensor<3> = through(&self.transform, self.embedding.val(), |x| self.between.apply(x)).unsqueeze_dim(0);
         let x = match &self.lstm_head {
             Some(lstm) if self.conditioned => behind_summary(lstm, x, reading),
             Some(lstm) => lstm.forward(x),

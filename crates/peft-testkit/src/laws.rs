@@ -15,7 +15,7 @@ use peft_core::{LayerKind, Method, Scan, Site, attach, for_tasks, scan};
 use peft_quant::Code;
 use serde_json::Value;
 
-use crate::stack::{EPSILON, WIDTH};
+use crate::stack::{EPSILON, SEQ, WIDTH};
 use crate::state::{Part, fill};
 use crate::{Check, Failure, Matrix, Outcome, Seam, Stack, fill_adapter};
 
@@ -45,6 +45,21 @@ impl Layer<'_> {
             _ => x.times(&self.weight)?,
         };
         self.bias.as_ref().map_or(Ok(y.clone()), |bias| y.plus(bias))
+    }
+
+    /// `y`, `[rows, d_out]`, times what the adapter's gate gives to each sequence.
+    ///
+    /// # Errors
+    /// When there is no gate, or the shapes do not fit.
+    pub fn gated(&self, y: &Matrix) -> peft_core::Result<Matrix> {
+        let scores = self.x.times(self.field("gate.dense.weight")?)?.plus(self.field("gate.dense.bias")?)?;
+        let open = scores.values().chunks(SEQ).flat_map(|sequence| {
+            let mean = sequence.iter().map(|score| 1.0 / (1.0 + (-score).exp())).sum::<f64>() / sequence.len() as f64;
+            vec![mean; sequence.len()]
+        });
+        let rows = y.values().chunks(y.columns().max(1)).zip(open);
+        let values = rows.flat_map(|(row, open)| row.iter().map(move |value| value * open)).collect();
+        Matrix::new(y.rows(), y.columns(), values)
     }
 
     /// The adapter's tensor of that field.

@@ -59,7 +59,7 @@ impl Attention {
         };
         let mut sum = h.clone();
         if prompt.num_tokens() + prompt.num_past(0) > 0 {
-            let (keys, values) = prompt.behind_past(0, split(h.clone()), split(h.clone()));
+            let (keys, values) = prompt.behind_past(0, &h, split(h.clone()), split(h.clone()));
             let sight = Sight { causal: true, prefix: prompt.num_past(0), ..Sight::default() };
             let scale = ((WIDTH / HEADS) as f64).sqrt().recip();
             sum = sum + attention(split(h.clone()), keys, values, None, sight, scale).flatten(2, 3);

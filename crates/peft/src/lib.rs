@@ -6,6 +6,7 @@
 //! - [`prompt`]: prompt tuning, prefix tuning, P-tuning, LLaMA-Adapter
 //! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
+//! - [`union`]: several of these methods as one adapter: MAM, `UniPELT`
 //! - [`train`]: data, the loop, checkpoints
 //!
 //! ```
@@ -34,6 +35,7 @@ pub use peft_models as models;
 pub use peft_prompt as prompt;
 pub use peft_quant as quant;
 pub use peft_train as train;
+pub use peft_union as union;
 
 /// What most programs need.
 pub mod prelude {

@@ -9,7 +9,7 @@ use peft_core::{AdapterAware, Error, Method, Names, Peft, Targets, attach, conv2
 use peft_testkit::{Stack, difference, fill_adapter, read};
 
 use crate::hold;
-use crate::statement::{bitfit, bitfit_laws, ia3, ia3_laws, ln_tuning_laws, ssf, ssf_laws};
+use crate::statement::{bitfit, bitfit_laws, gated_ia3, ia3, ia3_laws, ln_tuning_laws, ssf, ssf_laws};
 
 /// A layer without a bias, so that the weight form is the whole method.
 #[test]
@@ -31,6 +31,13 @@ fn ia3_on_both() {
 #[test]
 fn ia3_random() {
     hold(&ia3_laws(Ia3Config { init_ia3_weights: false, ..ia3() }).skip("identity", "it starts at random"));
+}
+
+#[test]
+fn ia3_with_a_gate() {
+    hold(&gated_ia3());
+    let both = Ia3Config { use_gating: true, ..ia3() };
+    assert!(both.check().unwrap_err().to_string().contains("feedforward_modules"));
 }
 
 #[test]

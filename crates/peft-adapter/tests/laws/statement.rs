@@ -13,14 +13,21 @@ pub(crate) fn ia3() -> Ia3Config {
     Ia3Config { feedforward_modules, ..Ia3Config::new(Targets::modules(["up", "down"])) }
 }
 
+/// (IA)³ on both layers, with a gate.
+pub(crate) fn gated_ia3() -> Laws<Ia3Config> {
+    let gated = Ia3Config { use_gating: true, ..Ia3Config::new(Targets::modules(["up", "down"])) };
+    ia3_laws(gated).skip("identity", "a gate starts near one half")
+}
+
 /// The laws for a configuration of (IA)³.
 pub(crate) fn ia3_laws(method: Ia3Config) -> Laws<Ia3Config> {
     Laws::new(method, params, ("feedforward_modules", NO_PATTERN.into())).with_reference(infused)
 }
 
-/// `d_in` in feed-forward modules, `d_out` in all others.
+/// `d_in` in feed-forward modules, `d_out` in all others; a gate has `d_in + 1`.
 fn params(method: &Ia3Config, site: &Site) -> usize {
-    if matches!(method.is_feedforward(&site.path), Ok(true)) { site.d_in } else { site.d_out }
+    let factors = if matches!(method.is_feedforward(&site.path), Ok(true)) { site.d_in } else { site.d_out };
+    factors + if method.use_gating { site.d_in + 1 } else { 0 }
 }
 
 /// `l ⊙ (x·W + b)` or `(l ⊙ x)·W + b`.
@@ -29,7 +36,8 @@ fn infused(method: &Ia3Config, layer: &Layer<'_>) -> Result<Matrix> {
     if method.is_feedforward(&layer.site.path)? {
         layer.base(&layer.x.scale_by(&l)?)
     } else {
-        layer.base(&layer.x)?.scale_by(&l)
+        let y = layer.base(&layer.x)?.scale_by(&l)?;
+        if method.use_gating { layer.gated(&y) } else { Ok(y) }
     }
 }
 

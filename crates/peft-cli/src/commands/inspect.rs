@@ -57,6 +57,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     if config.get("target_modules").is_some() {
         out.field("targets", given("target_modules"))?;
     }
+    if let Some(parts) = parts(&config) {
+        out.field("parts", parts.join(", "))?;
+    }
     if config.get("num_virtual_tokens").is_some() {
         out.field("prompt", format_args!("{} virtual tokens", given("num_virtual_tokens")))?;
     }
@@ -86,6 +89,16 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
         "bytes": size,
         "config": config,
     }))
+}
+
+/// What a union is of, in either layout; bottlenecks have no name in AdapterHub's.
+fn parts(config: &Value) -> Option<Vec<&str>> {
+    let (list, key) = match config.get("parts") {
+        Some(parts) => (parts, "peft_type"),
+        None => (config.get("config")?.get("configs")?, "architecture"),
+    };
+    let name = |part| Value::get(part, key).and_then(Value::as_str).unwrap_or("bottleneck");
+    Some(list.as_array()?.iter().map(name).collect())
 }
 
 /// Entries of a long list that are printed; `--json` has them all.

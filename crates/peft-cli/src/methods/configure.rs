@@ -165,7 +165,7 @@ fn pattern<T: std::str::FromStr>(flag: &str, pairs: &[String]) -> Result<IndexMa
     assignments(flag, pairs)?.into_iter().map(parse).collect()
 }
 
-fn targets(settings: &Settings) -> Result<Targets> {
+pub(super) fn targets(settings: &Settings) -> Result<Targets> {
     let target_modules = match (&settings.targets[..], &settings.target_regex) {
         ([_, ..], Some(_)) => {
             return Err(Error::usage("--targets and --target-regex are both given", "give one of them"));

@@ -130,7 +130,7 @@ fn tokens(settings: &Settings) -> usize {
     settings.num_virtual_tokens.unwrap_or(TOKENS)
 }
 
-fn besides(settings: &Settings) -> Besides {
+pub(super) fn besides(settings: &Settings) -> Besides {
     if settings.modules_to_save.is_empty() { Besides::default() } else { Besides::modules(&settings.modules_to_save) }
 }
 

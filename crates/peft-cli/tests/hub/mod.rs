@@ -8,7 +8,9 @@ use super::{Workshop, deviation, json_of, logits, refused, testdata};
 #[test]
 fn adapters_of_the_library_are_used_and_converted() {
     let model = testdata("encoders/roberta_seqcls");
-    for case in ["roberta_double_seq_bn", "roberta_par_bn", "roberta_lora", "roberta_ia3", "roberta_compacter"] {
+    let bottlenecks = ["roberta_double_seq_bn", "roberta_par_bn", "roberta_compacter"];
+    let others = ["roberta_lora", "roberta_ia3", "roberta_ia3_gating", "roberta_prefix_tuning_flat", "roberta_unipelt"];
+    for case in bottlenecks.into_iter().chain(others) {
         let path = format!("adapterhub/{case}/logits.safetensors");
         // Without padding in it, the first row is what the command computes.
         let tokens = ints(&path, "tokens");
@@ -60,8 +62,11 @@ fn what_cannot_be_converted_is_refused() {
     let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
     assert!(code != 0 && message.contains("target_modules") && message.contains("lora/llama/all_linear"), "{message}");
     // And a part of a method that is not built is named, with the folder that asks for it.
-    let adapter = testdata("adapterhub/bert_lora_gating");
+    let adapter = testdata("adapterhub/bert_compacter_own_rule");
     let (code, message) = refused(&["convert", "--adapter", &adapter, "--out", "nowhere"]);
-    assert!(code != 0 && message.contains("use_gating") && message.contains("bert_lora_gating"), "{message}");
+    assert!(
+        code != 0 && message.contains("factorized_phm_rule") && message.contains("bert_compacter_own_rule"),
+        "{message}"
+    );
     assert!(!message.contains("peft train"), "{message}");
 }

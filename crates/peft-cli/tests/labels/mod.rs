@@ -96,6 +96,26 @@ fn a_classifier_is_trained_resumed_measured_used_and_merged() {
     assert_eq!((&inspected["architecture"], &inspected["labels"]), (&json!("bert"), &json!(["bad", "good"])));
 }
 
+/// A prefix, bottlenecks and LoRA with gates beside a head, as one adapter.
+#[test]
+fn a_union_is_trained_measured_and_not_merged() {
+    let shop = Films::new();
+    let sizes = ["--num-virtual-tokens", "4", "--encoder-hidden-size", "8", "--reduction-factor", "4", "--rank", "2"];
+    let run = ["--method", "unipelt", "--targets", "query,value", "--lr", "0.02", "--steps", "24"];
+    let result = json_of(&strs(&shop.train("films.csv", "unipelt", &[&run[..], &sizes].concat())));
+    assert!(result["after"]["accuracy"].as_f64().unwrap() > 0.9, "{result}");
+    let (model, adapter, data) = (shop.path("bert"), shop.path("unipelt"), shop.path("films.csv"));
+    let found = json_of(&["eval", "--json", "--model", &model, "--adapter", &adapter, "--data", &data]);
+    assert!(found["accuracy"].as_f64().unwrap() > 0.9, "{found}");
+    let inspected = json_of(&["inspect", "--json", &adapter]);
+    assert_eq!((&inspected["method"], &inspected["known"]), (&json!("UNION"), &json!(true)));
+    let (code, message) = refused(&["merge", "--model", &model, "--adapter", &adapter, "--out", &shop.path("merged")]);
+    assert!(code == 1 && message.contains("gate") && message.contains("prompt"), "{message}");
+    let no_layers = shop.train("films.csv", "none", &["--method", "unipelt", "--steps", "1"]);
+    let (code, message) = refused(&strs(&no_layers));
+    assert!(code == 2 && message.contains("--targets"), "{message}");
+}
+
 /// Texts have prompts of their own, before and after the adapter is saved.
 #[test]
 fn a_prompt_that_depends_on_the_text_is_trained() {

@@ -15,12 +15,13 @@ fn train(shop: &Workshop, method: &str, more: &[&str]) -> Vec<String> {
 fn prompts_are_trained_used_and_resumed() {
     let shop = Workshop::new();
     let (model, data) = (shop.path("model"), shop.path("data.jsonl"));
-    let methods: [(&str, &[&str]); 5] = [
+    let methods: [(&str, &[&str]); 6] = [
         ("prompt", &["--num-virtual-tokens", "8"]),
         ("prefix", &["--num-virtual-tokens", "4", "--prompt-text", "I am Ada."]),
         ("p-tuning", &["--num-virtual-tokens", "4", "--encoder", "lstm", "--encoder-hidden-size", "8"]),
         ("p-tuning-v2", &["--num-virtual-tokens", "4", "--prefix-projection", "--encoder-hidden-size", "8"]),
         ("llama-adapter", &["--num-virtual-tokens", "4"]),
+        ("mam", &["--num-virtual-tokens", "4", "--encoder-hidden-size", "8", "--reduction-factor", "4"]),
     ];
     for (method, more) in methods {
         let result = json_of(&strs(&train(&shop, method, more)));
@@ -49,10 +50,29 @@ fn prompts_are_trained_used_and_resumed() {
             refused(&["merge", "--model", &model, "--adapter", &shop.path(method), "--out", &shop.path("merged")]);
         assert!(code == 1 && message.contains("no part of any weight"), "{message}");
     }
+    unions_are_inspected_and_converted(&shop);
     // All layers, where none is named.
     let inspected = json_of(&["inspect", "--json", &shop.path("llama-adapter")]);
     assert_eq!((&inspected["known"], &inspected["tensors"]), (&json!(true), &json!(4)), "{inspected}");
     assert_eq!(inspected["config"]["adapter_layers"], json!(2), "{inspected}");
+}
+
+/// A union says what it is of, and is the same in the other layout.
+fn unions_are_inspected_and_converted(shop: &Workshop) {
+    let (model, mam, hub, back) = (shop.path("model"), shop.path("mam"), shop.path("hub"), shop.path("back"));
+    json_of(&["convert", "--json", "--adapter", &mam, "--out", &hub, "--name", "en"]);
+    json_of(&["convert", "--json", "--adapter", &hub, "--out", &back]);
+    let expected = logits(&model, Some(&mam));
+    for (dir, parts) in
+        [(&mam, "PREFIX_TUNING, BOTTLENECK"), (&hub, "prefix_tuning, bottleneck"), (&back, "PREFIX_TUNING, BOTTLENECK")]
+    {
+        let text = String::from_utf8(peft(&["inspect", dir]).stdout).unwrap();
+        assert!(text.contains("UNION") && text.contains(parts), "{text}");
+        assert!(deviation(&logits(&model, Some(dir)), &expected) < 1e-5, "{dir}");
+    }
+    let tensors = peft_core::files::read_values(&Path::new(&hub).join("adapter.safetensors")).unwrap();
+    // Where keys begin with the model's name, those of the prefix do too.
+    assert!(tensors.contains_key("model.prefix_tuning.prefix_tunings.en.self_prefix.wte.weight"));
 }
 
 /// Without `--steps` of that number.

@@ -1,5 +1,7 @@
 //! AdapterHub's layout: `adapter_config.json` with an object `config`, and `adapter.safetensors` or `pytorch_adapter.bin`.
 
+mod union;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -30,10 +32,27 @@ pub struct HubFolder {
 
 /// The `peft_type` of what the JSON of an AdapterHub folder describes; nothing for another layout.
 pub(super) fn hub_type(json: &Map<String, Value>) -> Option<&'static str> {
-    let config = json.get("config").and_then(Value::as_object)?;
+    method_type(json.get("config").and_then(Value::as_object)?)
+}
+
+/// The field that says what kind of method a configuration is of; bottlenecks have none.
+const ARCHITECTURE: &str = "architecture";
+
+/// Keys by which a pickle names a prefix again under each block.
+const REPEATED: &str = ".prefix_tuning.pool.";
+
+/// What keys of a prefix begin with, or have behind the model's name.
+const PREFIX_TUNING: &str = "prefix_tuning.";
+
+/// What it says of a union.
+const UNION: &str = "union";
+
+fn method_type(config: &Map<String, Value>) -> Option<&'static str> {
     let text = |key: &str| config.get(key).and_then(Value::as_str);
-    match (text("architecture"), text("composition_mode")) {
+    match (text(ARCHITECTURE), text("composition_mode")) {
         (None, _) => Some("BOTTLENECK"),
+        (Some(UNION), _) => Some("UNION"),
+        (Some("prefix_tuning"), _) => Some("PREFIX_TUNING"),
         (Some("lora"), Some("scale")) => Some("IA3"),
         (Some("lora"), _) => Some("LORA"),
         _ => None,
@@ -55,7 +74,8 @@ impl HubFolder {
             return Err(Error::format(&path, "no object `config`"));
         };
         let safe = dir.join(HUB_TENSOR_FILE);
-        let tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
+        let mut tensors = if safe.exists() { read_values(&safe)? } else { read_torch(&dir.join(HUB_TORCH_FILE))? };
+        tensors.retain(|key, _| !key.contains(REPEATED));
         let mut folder = Self { config, name, model, tensors };
         renew(&mut folder, &json);
         Ok(folder)
@@ -66,7 +86,9 @@ impl HubFolder {
     /// # Errors
     /// When the file system refuses.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let model_type = self.tensors.keys().next().and_then(|key| key.split('.').next());
+        // Keys of a prefix may begin with what the library finds in every model.
+        let model_type = self.tensors.keys().find(|key| !key.starts_with(PREFIX_TUNING));
+        let model_type = model_type.and_then(|key| key.split('.').next());
         let json = serde_json::json!({
             "config": self.config,
             "model_class": null,

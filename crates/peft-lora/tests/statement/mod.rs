@@ -14,10 +14,16 @@ pub(crate) fn laws(method: LoraConfig) -> Laws<LoraConfig> {
     Laws::new(method, params, ("r", 0.into())).with_reference(output)
 }
 
-/// `rank · (d_in + d_out)`, and `d_out` with a bias.
+/// LoRA on linear layers, with a gate in place of its scale.
+pub(crate) fn gated() -> Laws<LoraConfig> {
+    laws(LoraConfig { use_gating: true, targets: Targets::modules(["up", "down"]), ..lora() })
+}
+
+/// `rank · (d_in + d_out)`, `d_out` with a bias, and `d_in + 1` with a gate.
 fn params(method: &LoraConfig, site: &Site) -> usize {
     let rank = method.rank_pattern.get(&site.path).copied().unwrap_or(method.rank);
-    rank * (site.d_in + site.d_out) + if method.lora_bias { site.d_out } else { 0 }
+    let bias = if method.lora_bias { site.d_out } else { 0 };
+    rank * (site.d_in + site.d_out) + bias + if method.use_gating { site.d_in + 1 } else { 0 }
 }
 
 /// `x·W + b + s·(x·A·B + β)`.
@@ -30,5 +36,6 @@ fn output(method: &LoraConfig, layer: &Layer<'_>) -> Result<Matrix> {
     if method.lora_bias {
         update = update.plus(layer.field("bias")?)?;
     }
-    layer.base(&layer.x)?.plus(&update.scale(scale))
+    let update = if method.use_gating { layer.gated(&update)? } else { update.scale(scale) };
+    layer.base(&layer.x)?.plus(&update)
 }

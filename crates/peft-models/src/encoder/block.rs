@@ -205,7 +205,7 @@ impl Block {
     fn attend(&self, x: Tensor<3>, config: &EncoderConfig, seen: &Seen, at: usize) -> Tensor<3> {
         let q = split_heads(linear(&self.query, x.clone()), config.num_attention_heads);
         let [k, v] = self.projected(&x, config);
-        let (k, v) = seen.prompt.behind_past(at, k, v);
+        let (k, v) = seen.prompt.behind_past(at, &x, k, v);
         let scale = (q.dims()[3] as f64).sqrt().recip();
         let sight = Sight { prefix: seen.prompt.num_past(at), ..Sight::default() };
         let attended = attention(q, k, v, seen.segments.clone(), sight, scale);

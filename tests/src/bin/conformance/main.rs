@@ -95,7 +95,9 @@ fn main() -> ExitCode {
     let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
     let runner = Runner { device: &device, fuses: !cpu, slow, report: &report };
     let mut checks = runner.laws("lora", lora::laws(lora::lora()));
+    checks.extend(runner.laws("lora-gated", lora::gated()));
     checks.extend(runner.laws("ia3", adapter::ia3_laws(adapter::ia3())));
+    checks.extend(runner.laws("ia3-gated", adapter::gated_ia3()));
     checks.extend(runner.laws("ssf", adapter::ssf_laws(adapter::ssf())));
     checks.extend(runner.laws("ln-tuning", adapter::ln_tuning_laws()));
     checks.extend(runner.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
