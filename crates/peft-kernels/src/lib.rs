@@ -2,6 +2,7 @@
 //! inputs and little else, and one test that holds all of them against double precision.
 //!
 //! - [`low_rank_linear`]: a linear layer with its low-rank update.
+//! - [`low_rank_experts`]: the updates of several experts, each for the rows that go through it.
 //! - [`mixed_linear`]: a linear layer over a frozen weight in bfloat16, with sums in f32.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 //! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
@@ -21,6 +22,7 @@ mod backends;
 mod cross_entropy;
 #[cfg(feature = "cube")]
 mod cube;
+mod experts;
 mod formula;
 #[cfg(feature = "host")]
 mod host;
@@ -36,6 +38,7 @@ pub use activate::{ActivateOps, Nonlinearity, activate, gated};
 pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
 pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
+pub use experts::{ExpertOps, low_rank_experts};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
 pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};

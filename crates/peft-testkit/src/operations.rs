@@ -4,6 +4,7 @@ mod activate;
 mod adamw;
 mod attention;
 mod cross_entropy;
+mod experts;
 mod low_rank;
 mod mixed;
 mod norm;
@@ -38,6 +39,7 @@ pub fn operations() -> Vec<Operation> {
         attention::checks(),
         cross_entropy::checks(),
         low_rank::checks(),
+        experts::checks(),
         mixed::checks(),
     ];
     checks.into_iter().flatten().collect()
