@@ -1,36 +1,42 @@
 //! Unions of methods as the settings of `peft train` ask for them.
 
+use burn::module::Module;
 use peft_adapter::ReductionFactor;
+use peft_core::{Targets, attach};
+use peft_models::ModelFiles;
+use peft_train::{AdapterOf, Trained};
 use peft_union::{Mixture, Parts};
 
 use super::configure::{initial, only, refuse_targets, targets};
 use super::prompts::besides;
+use super::{Adaptation, Adapts};
+use crate::Result;
 use crate::settings::{Init, Settings};
-use crate::{Error, Result};
 
 /// Settings of the parts that both have.
 const OF_BOTH: [&str; 3] = ["num-virtual-tokens", "encoder-hidden-size", "reduction-factor"];
 
+/// A union, with the layers that the user chooses for a part of it.
+pub(super) struct Mixed {
+    method: Mixture,
+    layers: Option<Targets>,
+}
+
 /// MAM.
-pub(super) fn mam(settings: &Settings) -> Result<Mixture> {
+pub(super) fn mam(settings: &Settings) -> Result<Mixed> {
     only(settings, "mam", &OF_BOTH)?;
     refuse_targets(settings, "mam")?;
     sized(settings, "mam", Parts::mam())
 }
 
 /// `UniPELT`.
-pub(super) fn unipelt(settings: &Settings) -> Result<Mixture> {
+pub(super) fn unipelt(settings: &Settings) -> Result<Mixed> {
     only(settings, "unipelt", &[&OF_BOTH[..], &["rank"]].concat())?;
-    let targets = targets(settings)?;
-    if targets.target_modules.is_none() {
-        let what = "--targets is missing: unipelt has LoRA in layers that you choose";
-        return Err(Error::usage(what, "--targets query,value, or what `peft inspect` calls these in the model"));
-    }
-    sized(settings, "unipelt", Parts::unipelt(targets))
+    sized(settings, "unipelt", Parts::unipelt(targets(settings)?))
 }
 
 /// The parts in the sizes that are asked for, and what is trained besides.
-fn sized(settings: &Settings, method: &str, mut parts: Parts) -> Result<Mixture> {
+fn sized(settings: &Settings, method: &str, mut parts: Parts) -> Result<Mixed> {
     initial(settings, method, &[(Init::Kaiming, ())])?;
     if let Some(prefix) = &mut parts.prefix {
         prefix.num_virtual_tokens = settings.num_virtual_tokens.unwrap_or(prefix.num_virtual_tokens);
@@ -46,5 +52,22 @@ fn sized(settings: &Settings, method: &str, mut parts: Parts) -> Result<Mixture>
     if let Some(lora) = &mut parts.lora {
         lora.rank = settings.rank.unwrap_or(lora.rank);
     }
-    Ok(parts.union())
+    let layers = parts.lora.as_ref().map(|lora| lora.targets.clone());
+    Ok(Mixed { method: parts.union(), layers })
+}
+
+impl<T: Module> Adapts<T> for Mixed {
+    fn attach(&self, model: T, _files: &ModelFiles, seed: u64) -> Result<T> {
+        Ok(attach(model, &self.method, seed)?)
+    }
+
+    fn trained(&self, _model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
+        Ok(Box::new(AdapterOf::on(self.method.clone(), files)?))
+    }
+}
+
+impl Adaptation for Mixed {
+    fn targets(&self) -> Option<&Targets> {
+        self.layers.as_ref()
+    }
 }
