@@ -14,7 +14,8 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
-    Activation, AdapterFile, Base, Error, FileTensor, Gate, LayerKind, Method, Names, Result, Site, Targets,
+    Activation, AdapterFile, Base, Composable, End, Error, FileTensor, Gate, LayerKind, Method, Names, Part, Result,
+    Site, Targets,
 };
 use serde::{Deserialize, Serialize};
 
@@ -216,4 +217,44 @@ impl Activation for Ia3Adapter {
 fn scaled<const D: usize>(x: Tensor<D>, l: Tensor<D>) -> Tensor<D> {
     let dtype = x.dtype();
     (x.cast(l.dtype()) * l).cast(dtype)
+}
+
+impl Composable for Ia3Config {
+    const COMPOSITION: &'static str = "IA3_COMPOSITION";
+    const MIXTURE: &'static str = "IA3_MIXTURE";
+    const PLACES: &'static [LayerKind] = &[LayerKind::Linear, LayerKind::Conv1D];
+
+    fn check_part(&self) -> Result<()> {
+        if self.feedforward_modules != Names::List(Vec::new()) {
+            let found = format!("{:?}", self.feedforward_modules);
+            return Err(Error::config(FEEDFORWARD, "none: what scales an input adds nothing to an output", found));
+        }
+        if self.use_gating {
+            return Err(Error::config("use_gating", "false in a part of something larger", true));
+        }
+        Ok(())
+    }
+}
+
+/// Of a layer whose output is scaled: the scale adds `(l − 1) ⊙ y` to it.
+impl Part for Ia3Adapter {
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        (end.output.clone(), end.output.clone())
+    }
+
+    fn through(&self, seen: Tensor<3>, residual: Tensor<3>) -> Tensor<3> {
+        residual + self.update(seen)
+    }
+
+    fn update(&self, seen: Tensor<3>) -> Tensor<3> {
+        scaled(seen, (self.l.val() - 1.0).unsqueeze())
+    }
+
+    /// All of them as one vector for each row.
+    fn mixed(experts: &[Self], seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
+        let all = Tensor::cat(experts.iter().map(|expert| expert.l.val() - 1.0).collect(), 0); // [experts, d_out]
+        let factors = gates.cast(all.dtype()).matmul(all); // [batch · seq, d_out]
+        let dims = seen.dims();
+        scaled(seen, factors.reshape(dims))
+    }
 }

@@ -111,6 +111,7 @@ impl Method for BottleneckConfig {
 
 impl Composable for BottleneckConfig {
     const COMPOSITION: &'static str = "BOTTLENECK_COMPOSITION";
+    const MIXTURE: &'static str = "BOTTLENECK_MIXTURE";
     const PLACES: &'static [LayerKind] = &[LayerKind::SubLayer];
 }
 

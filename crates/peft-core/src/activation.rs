@@ -92,6 +92,15 @@ impl<'a> Base<'a> {
         self.biased(y)
     }
 
+    /// The end of the layer, as that of a sub-layer: what it makes of `x`, `[rows, d_in]`, with rows as they were before they were folded.
+    pub fn end(&self, x: Tensor<2>) -> End<'static> {
+        let ([batch, seq], [_, d_in]) = (self.leading, x.dims());
+        let output = self.linear(x.clone());
+        let d_out = output.dims()[1];
+        let (output, input) = (output.reshape([batch, seq, d_out]), x.reshape([batch, seq, d_in]));
+        End { output, input, adds_input: false, norm: None }
+    }
+
     /// The same with the adapted weight.
     fn with_weight(&self, x: Tensor<2>) -> Tensor<2> {
         let (weight, dtype) = (self.weight.val(), x.dtype());

@@ -11,7 +11,7 @@ mod method;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LayerKind, Method};
+use crate::{LayerKind, Method, Result};
 
 pub use adapter::{ComposedAdapter, Part};
 pub use fusion::Fusion;
@@ -42,8 +42,19 @@ pub trait Composable: Method<Adapter: Part> {
     /// The name of a composition in `adapter_config.json`.
     const COMPOSITION: &'static str;
 
+    /// The name of a mixture in `adapter_config.json`.
+    const MIXTURE: &'static str;
+
     /// The kinds of layer at which adapters can be composed.
     const PLACES: &'static [LayerKind];
+
+    /// Refuses a configuration whose adapters are no sums, so that they cannot be parts of one.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config).
+    fn check_part(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Composition {

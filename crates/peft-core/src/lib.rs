@@ -14,6 +14,7 @@
 mod activation;
 mod attach;
 mod attended;
+mod auxiliary;
 mod compose;
 mod dense;
 mod embedded;
@@ -42,6 +43,7 @@ pub use activation::{
 };
 pub use attach::{Peft, attach};
 pub use attended::{Attended, KeysAndValues};
+pub use auxiliary::{Auxiliary, say_auxiliary, with_auxiliary};
 pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Fusion, Part, composed};
 pub use dense::{Dense, Start};
 pub use embedded::Embedded;

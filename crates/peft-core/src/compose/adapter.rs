@@ -17,6 +17,20 @@ pub trait Part: Reparameterization + ModuleDisplay + Activation {
     /// What the adapter adds, without dropout and norms behind it: what a fusion looks at.
     fn update(&self, seen: Tensor<3>) -> Tensor<3>;
 
+    /// What several of these add together, each as far as its gate is open: `Σ gₑ·updateₑ`.
+    ///
+    /// # Shapes
+    /// `seen`: `[batch, seq, d_in]`; `gates`: `[batch · seq, experts]`; result `[batch, seq, d_out]`
+    fn mixed(experts: &[Self], seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
+        let [batch, seq, _] = seen.dims();
+        let each = experts.iter().enumerate().map(|(at, expert)| {
+            let update = expert.update(seen.clone());
+            let gate = gates.clone().narrow(1, at, 1).reshape([batch, seq, 1]).cast(update.dtype());
+            update * gate
+        });
+        each.reduce(|sum, update| sum + update).expect("an expert at least")
+    }
+
     /// The end of the place, after the adapter gave `hidden`.
     fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
         End { output: hidden, ..end }.close()
@@ -44,12 +58,7 @@ impl<A: Part> Reparameterization for ComposedAdapter<A> {
 
 impl<A: Part> Activation for ComposedAdapter<A> {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
-        let ([batch, seq], [rows, d_in]) = (base.leading(), x.dims());
-        let output = base.linear(x.clone());
-        let d_out = output.dims()[1];
-        let (output, input) = (output.reshape([batch, seq, d_out]), x.reshape([batch, seq, d_in]));
-        let end = End { output, input, adds_input: false, norm: None };
-        Some(self.end(&self.composition, end).reshape([rows, d_out]))
+        Some(self.end(&self.composition, base.end(x)).flatten(0, 1))
     }
 
     fn shift(&self, bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {

@@ -116,6 +116,7 @@ impl<M: Composable> Method for ComposedConfig<M> {
 
     fn check(&self) -> Result<()> {
         self.adapters.iter().try_for_each(M::check)?;
+        self.adapters.iter().try_for_each(M::check_part)?;
         let numbers = self.composition.numbers();
         let wrong = |expected: String, found: String| Err(Error::config("composition", expected, found));
         if self.composition.any(&Composition::is_empty) {

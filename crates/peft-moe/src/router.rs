@@ -1,0 +1,191 @@
+//! Routers: how far each expert's gate is open for a row.
+//!
+//! With `z = x·W / temperature`, or `z = e·W` of a task's embedding `e`, and `p = softmax(z)`:
+//! - soft: `g = p` (Zadouri et al. 2023, arXiv:2309.05444, section 3.2)
+//! - top-k: `g = p` for the `k` largest, divided by their sum, and zero for all others (Shazeer et al. 2017, arXiv:1701.06538; MixLoRA, arXiv:2404.15159)
+//! - top-p: the same for the fewest experts whose probabilities reach `p` together (Huang et al. 2024, arXiv:2403.07652)
+//! - switch: `g = p` for the largest alone (Fedus et al. 2022, arXiv:2101.03961)
+
+use burn::module::{Module, Param};
+use burn::tensor::activation::softmax;
+use burn::tensor::{DType, Distribution, Int, Tensor};
+use peft_core::{Error, Result, Site, tasks};
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+/// What opens gates.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterConfig {
+    /// All gates, as far as the router likes each expert.
+    Soft,
+    /// The gates of the best alone.
+    TopK {
+        /// How many.
+        k: usize,
+    },
+    /// The gates of as many as make up this probability.
+    TopP {
+        /// Between zero and one.
+        p: f64,
+    },
+    /// The gate of the best alone, as far as the router likes it.
+    Switch,
+    /// All gates, as far as the task of a row likes each expert: see [`for_tasks`](peft_core::for_tasks).
+    Task {
+        /// How many tasks there are.
+        num_tasks: usize,
+        /// Width of a task's embedding.
+        embedding_dim: usize,
+    },
+}
+
+/// What has gates of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// Each token.
+    #[default]
+    Token,
+    /// Each row of the batch, by the mean of its tokens: for models that read a text whole.
+    Sequence,
+}
+
+/// A router's parameters.
+#[derive(Module, Debug)]
+pub struct Router {
+    /// `W`, `[d_in, experts]`, or `[embedding_dim, experts]` of a task router.
+    weight: Param<Tensor<2>>,
+    /// Of tasks, `[num_tasks, embedding_dim]`.
+    embeddings: Option<Param<Tensor<2>>>,
+}
+
+/// What a router says of the rows of a batch.
+#[derive(Clone, Debug)]
+pub struct Routing {
+    /// `z`, `[rows, experts]`
+    pub logits: Tensor<2>,
+    /// `p`, `[rows, experts]`
+    pub probabilities: Tensor<2>,
+    /// 1 for an expert that a row goes through, or, where it goes through all, for the one it likes best: `[rows, experts]`
+    pub chosen: Tensor<2>,
+    /// `g`, `[rows, experts]`
+    pub gates: Tensor<2>,
+}
+
+/// How a router looks at its input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Look {
+    pub(crate) level: Level,
+    pub(crate) temperature: f64,
+    /// Inputs are multiplied by numbers from `1 ± jitter` during training.
+    pub(crate) jitter: f64,
+}
+
+impl RouterConfig {
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::TopK { k: 0 } => Err(Error::config("router", "top_k of at least 1", 0)),
+            Self::TopP { p } if !(*p > 0.0 && *p <= 1.0) => {
+                Err(Error::config("router", "top_p of a probability above 0", p))
+            }
+            Self::Task { num_tasks, embedding_dim } if *num_tasks == 0 || *embedding_dim == 0 => {
+                Err(Error::config("router", "a task at least, and an embedding that is not empty", 0))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The router of one layer, which starts undecided.
+    pub(crate) fn init(&self, site: &Site, experts: usize, rng: &mut impl Rng) -> Router {
+        const STD: f32 = 0.02;
+        match self {
+            Self::Task { num_tasks, embedding_dim } => Router {
+                weight: site.normal([*embedding_dim, experts], STD, rng),
+                embeddings: Some(site.normal([*num_tasks, *embedding_dim], 1.0, rng)),
+            },
+            _ => Router { weight: site.normal([site.d_in, experts], STD, rng), embeddings: None },
+        }
+    }
+
+    /// 1 for the experts that a row goes through, `[rows, experts]`; of all the one that it likes best.
+    fn chosen(&self, probabilities: &Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Soft | Self::Task { .. } | Self::Switch => best(probabilities, 1),
+            Self::TopK { k } => best(probabilities, *k),
+            Self::TopP { p } => making_up(probabilities, *p),
+        }
+    }
+}
+
+/// 1 for each expert before which those that are more likely do not make up `p` yet.
+fn making_up(probabilities: &Tensor<2>, p: f64) -> Tensor<2> {
+    let ([rows, experts], dtype) = (probabilities.dims(), probabilities.dtype());
+    let each = |dim| probabilities.clone().detach().unsqueeze_dim::<3>(dim).expand([rows, experts, experts]);
+    let (own, other) = (each(2), each(1));
+    let before = other.clone().greater(own).float().cast(dtype);
+    let made_up: Tensor<2> = (before * other).sum_dim(2).squeeze_dim(2);
+    made_up.lower_elem(p).float().cast(dtype)
+}
+
+/// 1 for the `k` largest of each row, the first of equals.
+fn best(probabilities: &Tensor<2>, k: usize) -> Tensor<2> {
+    let [rows, experts] = probabilities.dims();
+    let device = probabilities.device();
+    let numbers = Tensor::<1, Int>::arange(0..experts as i64, &device).unsqueeze::<2>().expand([rows, experts]);
+    let (mut left, mut open) = (probabilities.clone().detach(), probabilities.zeros_like());
+    for _ in 0..k.min(experts) {
+        let chosen = numbers.clone().equal(left.clone().argmax(1).expand([rows, experts])).float().cast(left.dtype());
+        // Below every probability, so that it is not the largest again.
+        left = left - chosen.clone() * 2.0;
+        open = open + chosen;
+    }
+    open
+}
+
+impl Router {
+    /// Gates for `x` `[batch, seq, d_in]`.
+    pub(crate) fn route(&self, config: &RouterConfig, look: Look, x: Tensor<3>) -> Routing {
+        let [batch, seq, d_in] = x.dims();
+        let weight = self.weight.val();
+        let dtype = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let weight = weight.cast(dtype);
+        let (rows, repeat) = match (&self.embeddings, look.level) {
+            (Some(embeddings), _) => {
+                let of: Vec<i64> = tasks(batch).into_iter().map(|task| task as i64).collect();
+                let [count, _] = embeddings.lazy_shape().dims();
+                assert!(of.iter().all(|task| (*task as usize) < count), "tasks {of:?} of {count}");
+                let of = Tensor::<1, Int>::from_data(&of[..], &x.device());
+                (embeddings.val().cast(dtype).select(0, of), seq)
+            }
+            (None, Level::Sequence) => (jittered(x.cast(dtype).mean_dim(1).squeeze_dim(1), look.jitter), seq),
+            (None, Level::Token) => (jittered(x.cast(dtype).reshape([batch * seq, d_in]), look.jitter), 1),
+        };
+        let logits = rows.matmul(weight) / look.temperature;
+        let [count, experts] = logits.dims();
+        // One decision for all tokens of a row.
+        let logits = match repeat {
+            1 => logits,
+            _ => logits.unsqueeze_dim::<3>(1).repeat_dim(1, repeat).reshape([count * repeat, experts]),
+        };
+        let probabilities = softmax(logits.clone(), 1);
+        let chosen = config.chosen(&probabilities);
+        let gates = match config {
+            RouterConfig::Soft | RouterConfig::Task { .. } => probabilities.clone(),
+            RouterConfig::Switch => probabilities.clone() * chosen.clone(),
+            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } => {
+                let gates = probabilities.clone() * chosen.clone();
+                gates.clone() / gates.sum_dim(1)
+            }
+        };
+        Routing { logits, probabilities, chosen, gates }
+    }
+}
+
+fn jittered(x: Tensor<2>, jitter: f64) -> Tensor<2> {
+    if jitter == 0.0 || !x.device().is_autodiff() {
+        return x;
+    }
+    let noise = x.random_like(Distribution::Uniform(1.0 - jitter, 1.0 + jitter));
+    x * noise
+}
