@@ -2,6 +2,7 @@
 
 mod configure;
 mod llama_adapter;
+mod mixture;
 mod prompts;
 mod union;
 mod whole;
@@ -19,6 +20,7 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
+use peft_moe::MixtureConfig;
 use peft_prompt::{
     LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
     PromptTuningConfig,
@@ -239,6 +241,46 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<Mixture>(PhantomData)),
     },
     Entry {
+        name: "molora",
+        about: "LoRAs mixed token by token (Zadouri et al. 2023, arXiv:2309.05444)",
+        formula: "y = x·W + b + Σ gₑ(x) · (alpha / rank)·x·Aₑ·Bₑ",
+        parameters: "experts · (rank · (d_in + d_out) + d_in)",
+        learning_rate: 2e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::molora(settings)?)),
+        files: Some(&FilesOf::<MixtureConfig<LoraConfig>>(PhantomData)),
+    },
+    Entry {
+        name: "loramoe",
+        about: "the same with a group of experts for each --data (Dou et al. 2023, arXiv:2312.09979)",
+        formula: "y = x·W + b + Σ gₑ(x) · (alpha / rank)·x·Aₑ·Bₑ",
+        parameters: "experts · (rank · (d_in + d_out) + d_in)",
+        learning_rate: 2e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::loramoe(settings)?)),
+        files: Some(&FilesOf::<MixtureConfig<LoraConfig>>(PhantomData)),
+    },
+    Entry {
+        name: "moelora",
+        about: "LoRAs mixed by the task, one for each --data (Liu et al. 2023, arXiv:2310.18339)",
+        formula: "y = x·W + b + Σ gₑ(task) · (alpha / rank)·x·Aₑ·Bₑ",
+        parameters: "experts · (rank · (d_in + d_out) + 64) + 64 · tasks",
+        learning_rate: 2e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::moelora(settings)?)),
+        files: Some(&FilesOf::<MixtureConfig<LoraConfig>>(PhantomData)),
+    },
+    Entry {
+        name: "mov",
+        about: "vectors of (IA)³ mixed token by token (Zadouri et al. 2023, arXiv:2309.05444)",
+        formula: "y = (Σ gₑ(x)·lₑ) ⊙ (x·W + b)",
+        parameters: "experts · (d_out + d_in)",
+        learning_rate: 3e-3,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::mov(settings)?)),
+        files: Some(&FilesOf::<MixtureConfig<Ia3Config>>(PhantomData)),
+    },
+    Entry {
         name: "full",
         about: "every parameter; the result is a model, not an adapter",
         formula: "y = x·W' + b'",
@@ -265,7 +307,7 @@ pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
     /// Which layers it adapts; nothing for what makes no adapter.
     fn targets(&self) -> Option<&Targets>;
 
-    /// Whether a row can be one sequence only.
+    /// Whether a row can be of one sequence only.
     fn reads_ahead(&self) -> bool {
         false
     }
@@ -294,6 +336,10 @@ pub trait Adapts<T> {
 impl<M: Method> Adaptation for M {
     fn targets(&self) -> Option<&Targets> {
         Some(Method::targets(self))
+    }
+
+    fn reads_ahead(&self) -> bool {
+        self.num_tasks().is_some()
     }
 }
 

@@ -76,6 +76,15 @@ pub struct Settings {
     #[arg(long, help_heading = "Method", value_name = "NAME=X")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
+    /// Mixtures: how many experts there are [default: the method's]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub num_experts: Option<usize>,
+    /// molora, mov: each token goes through the best K experts alone [default: through all]
+    #[arg(long, help_heading = "Method", value_name = "K")]
+    pub top_k: Option<usize>,
+    /// molora, mov: weight of the loss that keeps all experts at work [default: 0]
+    #[arg(long, help_heading = "Method", value_name = "X")]
+    pub balance: Option<f64>,
     /// Width of the model over width of a bottleneck [default: 16; mam: 2]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub reduction_factor: Option<f64>,

@@ -4,6 +4,7 @@
 
 mod hub;
 mod labels;
+mod mixtures;
 mod packing;
 mod prompts;
 mod scaling;

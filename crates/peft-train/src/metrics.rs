@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use peft_core::files::write_atomically;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Evaluation, Result};
+use crate::{Error, Evaluation, ExpertRecord, Result};
 
 /// One line of the file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +17,8 @@ pub enum Record {
     Step(StepRecord),
     /// A pass over the held-out data.
     Eval(EvalRecord),
+    /// What the routers of mixtures did.
+    Experts(ExpertRecord),
 }
 
 /// An optimizer step.
@@ -54,6 +56,7 @@ impl Record {
         match self {
             Self::Step(record) => record.step,
             Self::Eval(record) => record.step,
+            Self::Experts(record) => record.step,
         }
     }
 }

@@ -13,14 +13,14 @@ pub fn loss_curve(records: &[Record]) -> Result<String> {
         .iter()
         .filter_map(|r| match r {
             Record::Step(s) => Some((s.step as f64, s.loss)),
-            Record::Eval(_) => None,
+            Record::Eval(_) | Record::Experts(_) => None,
         })
         .collect();
     let held_out: Vec<(f64, f64)> = records
         .iter()
         .filter_map(|r| match r {
             Record::Eval(e) => Some((e.step as f64, e.evaluation.loss)),
-            Record::Step(_) => None,
+            Record::Step(_) | Record::Experts(_) => None,
         })
         .collect();
     let all = || steps.iter().chain(&held_out);

@@ -9,10 +9,12 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft_core::files::write_atomically;
+use peft_core::with_auxiliary;
 use serde::Serialize;
 
 use crate::checkpoint::{self, State};
 use crate::data::Batches;
+use crate::experts::{Heard, expert_load};
 use crate::metrics::{EvalRecord, Metrics, Record, StepRecord};
 use crate::objective::{BatchOf, scalar};
 use crate::optimizer::{Optimization, Rates, global_norm};
@@ -87,7 +89,20 @@ pub fn train<O: Objective>(
     let metrics = Metrics::open(dir, state.step)?;
     let steps = config.total_steps(&batches);
     let bar = progress_bar(config.progress, state.step, steps);
-    let run = Run { objective, config, trained, held_out, dir, device, steps, optimization, state, metrics, bar };
+    let run = Run {
+        objective,
+        config,
+        trained,
+        held_out,
+        dir,
+        device,
+        steps,
+        optimization,
+        state,
+        metrics,
+        heard: Heard::default(),
+        bar,
+    };
     run.go(model, batches, stop)
 }
 
@@ -102,6 +117,8 @@ struct Run<'a, O: Objective> {
     optimization: Optimization,
     state: State,
     metrics: Metrics,
+    /// From the routers of mixtures.
+    heard: Heard,
     bar: ProgressBar,
 }
 
@@ -118,6 +135,10 @@ impl<O: Objective> Run<'_, O> {
             let last = step == self.steps;
             let due = |every: usize| every > 0 && step.is_multiple_of(every);
             if last || due(self.config.eval_every) {
+                let failed = |e| Error::Device { step, message: format!("{e:?}") };
+                if let Some(record) = self.heard.record(step).map_err(failed)? {
+                    self.metrics.push(Record::Experts(record))?;
+                }
                 self.evaluate(&model)?;
             }
             let exhausted = self.config.patience > 0 && self.state.evaluations_since_best >= self.config.patience;
@@ -146,8 +167,13 @@ impl<O: Objective> Run<'_, O> {
         let mut accumulator = GradientsAccumulator::new();
         let mut sum = 0.0;
         for batch in &group {
-            let loss = self.objective.loss(&model, batch, self.device)? / count as f64;
-            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            let (loss, said) = with_auxiliary(|| self.objective.loss(&model, batch, self.device));
+            let loss = loss? / count as f64;
+            let whole = match self.heard.add(said) {
+                Some(auxiliary) => loss.clone() + auxiliary / self.config.accumulate as f64,
+                None => loss.clone(),
+            };
+            let grads = GradientsParams::from_grads(whole.backward(), &model);
             accumulator.accumulate(&model, grads);
             sum += scalar(loss.inner()).map_err(failed)?;
         }
@@ -214,6 +240,13 @@ impl<O: Objective> Run<'_, O> {
         let mut pictures = vec![("loss.svg", loss_curve(&self.metrics.records)?)];
         if let Some(held_out) = self.held_out {
             pictures.extend(self.objective.pictures(&model.valid(), held_out, self.device)?);
+        }
+        let experts = self.metrics.records.iter().rev().find_map(|record| match record {
+            Record::Experts(experts) => Some(experts),
+            Record::Step(_) | Record::Eval(_) => None,
+        });
+        if let Some(experts) = experts {
+            pictures.push(("experts.svg", expert_load(experts)?));
         }
         let files: Vec<(&str, &[u8])> = pictures.iter().map(|(name, svg)| (*name, svg.as_bytes())).collect();
         write_atomically(self.dir, &files)?;

@@ -254,6 +254,6 @@ fn first_evaluation(dir: &Path) -> Result<Option<Evaluation>> {
     let records = read_metrics(&dir.join("metrics.jsonl"))?;
     Ok(records.into_iter().find_map(|record| match record {
         Record::Eval(e) => Some(e.evaluation),
-        Record::Step(_) => None,
+        Record::Step(_) | Record::Experts(_) => None,
     }))
 }

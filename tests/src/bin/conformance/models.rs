@@ -148,7 +148,7 @@ fn losses(device: &Device) -> Result<Vec<f64>, Failure> {
     train(&NextToken, model, &trained, batches, None, &config, dir.path(), false, &device, &Stop::new(false))?;
     let loss = |record| match record {
         Record::Step(step) => Some(step.loss),
-        Record::Eval(_) => None,
+        Record::Eval(_) | Record::Experts(_) => None,
     };
     let losses: Vec<f64> = read_metrics(&dir.path().join("metrics.jsonl"))?.into_iter().filter_map(loss).collect();
     if losses.len() == config.steps {

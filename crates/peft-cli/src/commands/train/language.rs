@@ -22,7 +22,7 @@ pub(super) fn run(job: &Job<'_>, files: ModelFiles) -> Result<ExitCode> {
     refuse(&labels, "encoders, and this is a language model")?;
     let method = methods::by_name(&settings.method)?.build(settings)?;
     if settings.pack && method.reads_ahead() {
-        let what = format!("--pack: with {} a row is one sequence", settings.method);
+        let what = format!("--pack: with {} a row is of one sequence", settings.method);
         return Err(Error::usage(what, "leave it out"));
     }
     let read = |files: &[PathBuf]| files.iter().map(|path| rows::read(path, &settings.set)).collect::<Result<Vec<_>>>();

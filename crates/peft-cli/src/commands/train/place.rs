@@ -70,7 +70,7 @@ impl Place<'_> {
         // Only of an earlier run: whatever else is here is somebody's model.
         let others = if made == Made::Model { Made::Adapter } else { Made::Model };
         let others = others.files().iter().filter(|_| self.dir.join(FILE).is_file());
-        for name in others.chain(&["confusion.svg"]) {
+        for name in others.chain(&["confusion.svg", "experts.svg"]) {
             let old = self.dir.join(name);
             if old.is_file() {
                 std::fs::remove_file(&old).map_err(Error::io(&old))?;

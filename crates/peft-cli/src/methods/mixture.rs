@@ -1,0 +1,73 @@
+//! Mixtures of adapters as the settings of `peft train` ask for them.
+
+use peft_adapter::Ia3Config;
+use peft_core::Method;
+use peft_lora::LoraConfig;
+use peft_moe::{MixtureConfig, RouterConfig};
+
+use super::configure::{initial, only, targets};
+use crate::Result;
+use crate::settings::{Init, Settings};
+
+/// Settings that all mixtures have.
+const OF_ALL: [&str; 1] = ["num-experts"];
+/// Settings of routers that look at their input.
+const OF_ROUTERS: [&str; 2] = ["top-k", "balance"];
+/// Settings of experts that are `LoRA`.
+const OF_LORA: [&str; 3] = ["rank", "alpha", "dropout"];
+
+/// `MoLoRA`; with `--top-k` the best alone.
+pub(super) fn molora(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> {
+    lora(settings, "molora", &OF_ROUTERS, peft_moe::molora(targets(settings)?))
+}
+
+/// `LoRAMoE`, with a group of experts for each file of data, two at least.
+pub(super) fn loramoe(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> {
+    let mut method = peft_moe::loramoe(targets(settings)?);
+    method.balance.groups = settings.data.len().max(method.balance.groups);
+    method.num_experts = method.num_experts.next_multiple_of(method.balance.groups);
+    lora(settings, "loramoe", &[], method)
+}
+
+/// `MOELoRA`, with a task for each file of data.
+pub(super) fn moelora(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> {
+    lora(settings, "moelora", &[], peft_moe::moelora(targets(settings)?, settings.data.len().max(1)))
+}
+
+/// `MoV`.
+pub(super) fn mov(settings: &Settings) -> Result<MixtureConfig<Ia3Config>> {
+    only(settings, "mov", &[&OF_ALL[..], &OF_ROUTERS].concat())?;
+    routed(settings, "mov", peft_moe::mov(targets(settings)?))
+}
+
+fn lora(
+    settings: &Settings,
+    name: &str,
+    own: &[&str],
+    mut method: MixtureConfig<LoraConfig>,
+) -> Result<MixtureConfig<LoraConfig>> {
+    only(settings, name, &[&OF_ALL[..], &OF_LORA, own].concat())?;
+    let expert = &mut method.expert;
+    // The scale stays the method's unless another one is asked for.
+    let scale = expert.alpha / expert.rank as f64;
+    expert.rank = settings.rank.unwrap_or(expert.rank);
+    expert.alpha = settings.alpha.unwrap_or(scale * expert.rank as f64);
+    if settings.dropout != 0.0 {
+        expert.dropout = settings.dropout;
+    }
+    routed(settings, name, method)
+}
+
+fn routed<M: Method>(settings: &Settings, name: &str, mut method: MixtureConfig<M>) -> Result<MixtureConfig<M>>
+where
+    MixtureConfig<M>: Method,
+{
+    initial(settings, name, &[(Init::Kaiming, ())])?;
+    method.num_experts = settings.num_experts.unwrap_or(method.num_experts);
+    if let Some(k) = settings.top_k {
+        method.router = RouterConfig::TopK { k };
+    }
+    method.balance.load = settings.balance.unwrap_or(method.balance.load);
+    Method::check(&method)?;
+    Ok(method)
+}
