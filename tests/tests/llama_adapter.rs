@@ -251,7 +251,7 @@ impl ParamMapper for Names {
 fn what_does_not_fit_is_refused() {
     let config = |error: Error, field: &str, expected: &str| match &error {
         Error::Config { field: found, .. } if found == field => {
-            assert!(error.to_string().contains(expected), "{error}")
+            assert!(error.to_string().contains(expected), "{error}");
         }
         _ => panic!("expected a wrong {field}, found {error}"),
     };

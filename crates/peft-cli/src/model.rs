@@ -100,6 +100,8 @@ impl ModelArgs {
 
     fn adapted(&self, mut pretrained: Pretrained) -> Result<Pretrained> {
         if let Some(adapter) = &self.adapter {
+            // Before its tensors are looked at: a method that is not known may have other files.
+            methods::of_adapter(adapter)?;
             pretrained.model = self.attach(for_adapter(pretrained.model, adapter)?, adapter)?;
         }
         Ok(pretrained)
