@@ -139,7 +139,7 @@ fn adapters_of_the_library_give_its_logits_and_go_back() {
         }
         held += 1;
     }
-    assert!(held >= 50 && refused <= 13, "{held} held, {refused} refused");
+    assert!(held >= 50 && refused <= 10, "{held} held, {refused} refused");
 }
 
 /// What the first versions called the parts of an adapter gives what today's names give.

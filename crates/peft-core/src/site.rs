@@ -208,6 +208,8 @@ impl ModuleVisitor for Scanner {
                     site.prompt = Some(shape);
                 }
             }
+            // What an adapter is made of is nothing to adapt.
+            _ if self.stack.locate().field.is_some() => {}
             _ => {
                 let owner = container.split_once(':').map_or(container, |(_, name)| name).to_owned();
                 self.scan.modules.entry(self.stack.path()).or_insert(owner);
