@@ -70,7 +70,7 @@ def load(directory, **config_changes):
     config = AutoConfig.from_pretrained(directory)
     for key, value in config_changes.items():
         setattr(config, key, value)
-    options = dict(dtype=torch.float32, attn_implementation="eager")
+    options = dict(dtype=torch.float32, attn_implementation="eager", experts_implementation="eager")
     return AutoModelForCausalLM.from_pretrained(directory, config=config, **options).eval()
 
 
