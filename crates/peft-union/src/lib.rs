@@ -11,9 +11,9 @@ use peft_lora::LoraConfig;
 use peft_prompt::{Gating, PrefixTuningConfig};
 
 /// A union of methods that AdapterHub has, each of them at most once.
-pub type Mixture = Union<PrefixTuningConfig, Union<BottleneckConfig, Union<LoraConfig, Ia3Config>>>;
+pub type HubUnion = Union<PrefixTuningConfig, Union<BottleneckConfig, Union<LoraConfig, Ia3Config>>>;
 
-/// What a [`Mixture`] is made of.
+/// What a [`HubUnion`] is made of.
 ///
 /// ```
 /// use burn::{module::Module, nn::{Linear, LinearConfig}, tensor::Device};
@@ -72,7 +72,7 @@ impl Parts {
     }
 
     /// All of them as one method.
-    pub fn union(self) -> Mixture {
+    pub fn union(self) -> HubUnion {
         let of_layers = (self.lora.is_some() || self.ia3.is_some()).then(|| Union::new(self.lora, self.ia3));
         let in_blocks =
             (self.bottleneck.is_some() || of_layers.is_some()).then(|| Union::new(self.bottleneck, of_layers));
@@ -81,11 +81,11 @@ impl Parts {
 }
 
 /// [`Parts::mam`] as one method.
-pub fn mam() -> Mixture {
+pub fn mam() -> HubUnion {
     Parts::mam().union()
 }
 
 /// [`Parts::unipelt`] as one method.
-pub fn unipelt(targets: Targets) -> Mixture {
+pub fn unipelt(targets: Targets) -> HubUnion {
     Parts::unipelt(targets).union()
 }

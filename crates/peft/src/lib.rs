@@ -4,6 +4,7 @@
 //! - [`lora`]: the low-rank methods
 //! - [`adapter`]: bottlenecks between the layers, (IA)³, SSF and their relatives
 //! - [`prompt`]: prompt tuning, prefix tuning, P-tuning, LLaMA-Adapter
+//! - [`moe`]: mixtures of adapters
 //! - [`quant`]: packed bases of about four bits a value, under any method
 //! - [`models`]: adapter-aware decoders, Hugging Face directories and GGUF
 //! - [`union`]: several of these methods as one adapter: MAM, `UniPELT`
@@ -32,6 +33,7 @@ pub use peft_adapter as adapter;
 pub use peft_core as core;
 pub use peft_lora as lora;
 pub use peft_models as models;
+pub use peft_moe as moe;
 pub use peft_prompt as prompt;
 pub use peft_quant as quant;
 pub use peft_train as train;
