@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p peft-benches -- step [--python PYTHON]
+//! cargo run --release -p peft-benches -- mixtures
 //! cargo run --release -p peft-benches -- decode [--python PYTHON]
 //! cargo run --release -p peft-benches -- sweep [--python PYTHON] --out docs/cpu.svg
 //! cargo run --release -p peft-benches -- operations [--backend ndarray]
@@ -40,6 +41,8 @@ struct Arguments {
 enum What {
     /// One training step of LoRA
     Step(Comparison),
+    /// One training step of LoRA, and of mixtures of it
+    Mixtures(Comparison),
     /// One token at a time
     Decode(Comparison),
     /// Throughput against threads and rank, memory and time a token against the length of the sequence, as a picture
@@ -166,6 +169,9 @@ fn main() -> Outcome<()> {
             let nf4 = &["--base", "nf4"];
             let peers: [(_, &[_]); 3] = [("torch+peft", &[]), ("torch+peft bf16", bf16), ("torch+bitsandbytes", nf4)];
             compare(&comparison, &ours, &peers)
+        }
+        What::Mixtures(comparison) => {
+            compare(&comparison, &[Side::Lora, Side::TwoOf8, Side::TwoOf32, Side::AllOf8], &[])
         }
         What::Decode(comparison) => {
             let ours = [Side::Decode, Side::DecodeBf16, Side::DecodePacked];

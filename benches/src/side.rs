@@ -7,12 +7,13 @@ use burn::module::{Lora, Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
-use peft_core::{Peft, Targets};
+use peft_core::{Peft, Targets, with_auxiliary};
 use peft_lora::LoraConfig;
 use peft_models::config::ModelConfig;
 use peft_models::export::{Dtype, save_model};
 use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, Layout, ModelSource, Pretrained, Sampling, generate};
+use peft_moe::{Balance, MixtureConfig, RouterConfig};
 use peft_quant::Quantization;
 use serde_json::{Value, json};
 
@@ -39,6 +40,12 @@ pub(crate) enum Side {
     Plain,
     /// The same model under Burn's `apply_lora`
     ApplyLora,
+    /// Two of eight LoRAs for each token
+    TwoOf8,
+    /// Two of thirty-two
+    TwoOf32,
+    /// All of eight
+    AllOf8,
     /// A token at a time over f32
     Decode,
     /// A token at a time over frozen matrices in bfloat16
@@ -56,6 +63,9 @@ impl Side {
             Self::PackedBf16 => "packed-bf16",
             Self::Plain => "plain",
             Self::ApplyLora => "apply-lora",
+            Self::TwoOf8 => "two-of8",
+            Self::TwoOf32 => "two-of32",
+            Self::AllOf8 => "all-of8",
             Self::Decode => "decode",
             Self::DecodeBf16 => "decode-bf16",
             Self::DecodePacked => "decode-packed",
@@ -79,7 +89,17 @@ impl Side {
             let config = LoraConfig::new(setup.rank, Targets::modules(PROJECTIONS));
             Ok(base.attach(&config.with_alpha(2.0 * setup.rank as f64))?)
         };
+        let mixed = |experts: usize, router: RouterConfig| -> Outcome<CausalLm> {
+            let expert = LoraConfig::new(setup.rank, Targets::modules(PROJECTIONS)).with_alpha(2.0 * setup.rank as f64);
+            let balance = Balance { load: 0.01, ..Balance::default() };
+            let mixture = MixtureConfig::new(expert, experts, router).with_balance(balance);
+            Ok(load(&Packing::Dense, &train)?.attach(&mixture)?)
+        };
+        let two = RouterConfig::TopK { k: 2 };
         let mut seconds = match self {
+            Self::TwoOf8 => steps(mixed(8, two)?, setup, balanced),
+            Self::TwoOf32 => steps(mixed(32, two)?, setup, balanced),
+            Self::AllOf8 => steps(mixed(8, RouterConfig::Soft)?, setup, balanced),
             Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss),
             Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss),
             Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss),
@@ -112,6 +132,12 @@ pub(crate) fn write_model(setup: &Setup, dir: &Path) -> Outcome<()> {
 
 fn loss(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> Tensor<1> {
     model.scores(model.hidden(ids, Layout::Rows, None).flatten(0, 1), targets).losses.mean()
+}
+
+/// With what the routers add.
+fn balanced(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let (loss, said) = with_auxiliary(|| loss(model, ids, targets));
+    said.into_iter().filter_map(|each| each.loss).fold(loss, |sum, loss| sum + loss)
 }
 
 /// Seconds of each step, the first two left out.

@@ -7,6 +7,8 @@
 mod adapter;
 #[path = "../../../../crates/peft-lora/tests/statement/mod.rs"]
 mod lora;
+#[path = "../../../../crates/peft-moe/tests/laws/statement.rs"]
+mod mixture;
 mod models;
 #[path = "../../../../crates/peft-prompt/tests/laws/statement.rs"]
 mod prompt;
@@ -18,6 +20,7 @@ use clap::{Parser, ValueEnum};
 use peft_adapter::BottleneckConfig;
 use peft_core::{Composable, Method, Targets};
 use peft_lora::LoraConfig;
+use peft_moe::{MixtureConfig, RouterConfig};
 use peft_testkit::{Check, Laws, composition_laws, operations, table};
 
 /// Runs every check on one device.
@@ -116,6 +119,11 @@ fn main() -> ExitCode {
     checks.extend(runner.laws("p-tuning", prompt::p_tuning()));
     checks.extend(runner.laws("multitask", prompt::multitask()));
     checks.extend(runner.laws("llama-adapter", prompt::llama_adapter()));
+    let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
+    checks.extend(runner.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
+    let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
+    checks
+        .extend(runner.laws("mixture by task", mixture::lora_laws(MixtureConfig::new(mixture::expert(), 3, by_task))));
     // Drivers may have f64 and yet no exponential of it.
     for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));
