@@ -7,6 +7,9 @@
 //! ```
 //! `--data` is the beginning of three names: `…-train.csv`, `…-valid.csv` and `…-test.csv`, or `…-train-images-idx3-ubyte` and so on for pictures
 //! (`cargo xtask fetch vit fashion-mnist`, `--model data/vit --data data/fashion-mnist/small`). The model that is tested is the best on the second.
+//!
+//! Where it is a file, a part of it is held out, and the table has the best that was reached on that: of a language model
+//! (`cargo xtask fetch smollm2 identity`, `--model data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data data/identity/identity.json --measure loss`).
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -31,9 +34,15 @@ pub(crate) struct Tasks {
     /// Where the runs go; those that are there already are not repeated
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Methods to run [default: all]
+    /// Methods to run [default: all but those of prompts]
     #[arg(long, value_delimiter = ',')]
     methods: Vec<String>,
+    /// What prompts start from that start from a text
+    #[arg(long, default_value = "")]
+    prompt_text: String,
+    /// Replace {{NAME}} in the data, as NAME=VALUE; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    set: Vec<String>,
     /// Runs of each, with the seeds from 1
     #[arg(long, default_value_t = 3)]
     seeds: u64,
@@ -46,6 +55,9 @@ pub(crate) struct Tasks {
     /// Most tokens of a text
     #[arg(long, default_value_t = 64)]
     max_len: usize,
+    /// Steps, instead of passes
+    #[arg(long)]
+    steps: Option<usize>,
     /// Steps between evaluations
     #[arg(long, default_value_t = 200)]
     eval_every: usize,
@@ -64,19 +76,36 @@ const NORMS: &str = "LayerNorm,layernorm,layernorm_before,layernorm_after,norm1,
 const METHODS: [(&str, &[&str]); 10] = [
     ("full", &["--method", "full", "--lr", "5e-5"]),
     ("head", &["--method", "head", "--lr", "1e-2"]),
-    ("lora", &["--method", "lora", "--targets", QUERY_VALUE, "--rank", "8", "--alpha", "16", "--lr", "1e-3"]),
+    ("lora", &["--method", "lora", "--targets", QUERY_VALUE, "--rank", "8", "--alpha", "16", "--lr", "2e-3"]),
     ("ia3", &["--method", "ia3", "--targets", IA3, "--feedforward", FEEDFORWARD, "--lr", "1e-2"]),
     ("ssf", &["--method", "ssf", "--targets", LINEAR, "--targets", NORMS, "--lr", "2e-3"]),
     ("bitfit", &["--method", "bitfit", "--targets", LINEAR, "--lr", "2e-3"]),
     ("ln-tuning", &["--method", "ln-tuning", "--targets", NORMS, "--lr", "5e-3"]),
-    ("houlsby", &["--method", "houlsby", "--lr", "1e-3"]),
-    ("pfeiffer", &["--method", "pfeiffer", "--lr", "1e-3"]),
-    ("parallel", &["--method", "parallel", "--lr", "1e-3"]),
+    ("houlsby", &["--method", "houlsby", "--lr", "2e-3"]),
+    ("pfeiffer", &["--method", "pfeiffer", "--lr", "2e-3"]),
+    ("parallel", &["--method", "parallel", "--lr", "2e-3"]),
+];
+
+/// What stands for the text that is given.
+const TEXT: &str = "TEXT";
+
+/// Methods of prompts, with their own learning rates: from random tokens of the model, from random values, from a text.
+const PROMPTS: [(&str, &[&str]); 8] = [
+    ("prompt", &["--method", "prompt"]),
+    ("prompt-random", &["--method", "prompt", "--init", "random"]),
+    ("prompt-text", &["--method", "prompt", "--prompt-text", TEXT]),
+    ("p-tuning", &["--method", "p-tuning"]),
+    ("p-tuning-lstm", &["--method", "p-tuning", "--encoder", "lstm"]),
+    ("prefix", &["--method", "prefix"]),
+    ("prefix-random", &["--method", "prefix", "--init", "random"]),
+    ("prefix-text", &["--method", "prefix", "--prompt-text", TEXT]),
 ];
 
 /// What a run reached.
 struct Reached {
     measure: f64,
+    /// Before training, on what was held out.
+    before: f64,
     trained: f64,
     seconds: f64,
     mib: f64,
@@ -84,15 +113,22 @@ struct Reached {
 
 impl Tasks {
     pub(crate) fn run(&self) -> Outcome<()> {
-        let known: Vec<&str> = METHODS.iter().map(|(name, _)| *name).collect();
+        let known: Vec<&str> = METHODS.iter().chain(&PROMPTS).map(|(name, _)| *name).collect();
         if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
             return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
         }
         println!("| method | {} | trained parameters | time | peak memory |", self.measure);
         println!("|---|---|---|---|---|");
-        let wanted = |name: &str| self.methods.is_empty() || self.methods.iter().any(|method| method == name);
-        for (name, flags) in METHODS.iter().filter(|(name, _)| wanted(name)) {
+        let mut untuned = false;
+        let usual = METHODS.iter().filter(|_| self.methods.is_empty());
+        let asked = METHODS.iter().chain(&PROMPTS).filter(|(name, _)| self.methods.iter().any(|method| method == name));
+        for (name, flags) in usual.chain(asked) {
             let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
+            let (mean, deviation) = spread(&runs, |run| run.before);
+            // A head that is not trained says nothing, so this is for language models.
+            if self.data.is_file() && !std::mem::replace(&mut untuned, true) {
+                println!("| untuned | {mean:.4} ± {deviation:.4} | 0 | | |");
+            }
             let (mean, deviation) = spread(&runs, |run| run.measure);
             let [trained, seconds, mib] =
                 [|run: &Reached| run.trained, |run: &Reached| run.seconds, |run: &Reached| run.mib]
@@ -109,6 +145,11 @@ impl Tasks {
         if !note.is_file() {
             let train = self.train(flags, seed, &out);
             let (result, mib) = watch(train)?;
+            if self.data.is_file() {
+                let reached = serde_json::json!({ "train": result, "test": result["after"], "mib": mib });
+                std::fs::write(&note, format!("{reached:#}\n"))?;
+                return self.read(&note);
+            }
             let mut eval = Command::new(&self.peft);
             if out.join("adapter_config.json").is_file() {
                 eval.args(["eval", "--json", "--model"]).arg(&self.model).arg("--adapter").arg(&out);
@@ -120,11 +161,16 @@ impl Tasks {
             let reached = serde_json::json!({ "train": result, "test": tested, "mib": mib });
             std::fs::write(&note, format!("{reached:#}\n"))?;
         }
-        let reached: Value = serde_json::from_str(&std::fs::read_to_string(&note)?)?;
+        self.read(&note)
+    }
+
+    fn read(&self, note: &Path) -> Outcome<Reached> {
+        let reached: Value = serde_json::from_str(&std::fs::read_to_string(note)?)?;
         let missing = |what: &str| format!("{}: no {what}", note.display());
         let number = |value: &Value, what: &str| value.as_f64().ok_or_else(|| missing(what));
         Ok(Reached {
             measure: number(&reached["test"][&self.measure], &self.measure)?,
+            before: number(&reached["train"]["before"][&self.measure], &self.measure)?,
             trained: number(&reached["train"]["parameters"]["trainable"], "trainable")?,
             seconds: number(&reached["train"]["seconds"], "seconds")?,
             mib: number(&reached["mib"], "mib")?,
@@ -134,7 +180,13 @@ impl Tasks {
     fn train(&self, flags: &[&str], seed: u64, out: &Path) -> Command {
         let mut command = Command::new(&self.peft);
         command.args(["train", "--json", "--overwrite", "--model"]).arg(&self.model).arg("--out").arg(out);
-        command.arg("--data").arg(self.part("train")).arg("--eval-data").arg(self.part("valid"));
+        if self.data.is_file() {
+            command.arg("--data").arg(&self.data).args(["--eval-fraction", "0.2"]);
+        } else {
+            command.arg("--data").arg(self.part("train")).arg("--eval-data").arg(self.part("valid"));
+        }
+        command.args(self.set.iter().flat_map(|set| ["--set", set]));
+        command.args(self.steps.iter().flat_map(|steps| ["--steps".to_owned(), steps.to_string()]));
         let numbers = [
             ("--epochs", self.epochs.to_string()),
             ("--batch-size", self.batch_size.to_string()),
@@ -142,7 +194,8 @@ impl Tasks {
             ("--eval-every", self.eval_every.to_string()),
             ("--seed", seed.to_string()),
         ];
-        command.args(numbers.iter().flat_map(|(flag, value)| [*flag, value.as_str()])).args(flags);
+        command.args(numbers.iter().flat_map(|(flag, value)| [*flag, value.as_str()]));
+        command.args(flags.iter().map(|flag| if *flag == TEXT { self.prompt_text.as_str() } else { flag }));
         command
     }
 
