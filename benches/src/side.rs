@@ -40,7 +40,7 @@ pub(crate) enum Side {
     Plain,
     /// The same model under Burn's `apply_lora`
     ApplyLora,
-    /// Two of eight LoRAs for each token
+    /// Two of eight adapters for each token
     TwoOf8,
     /// Two of thirty-two
     TwoOf32,

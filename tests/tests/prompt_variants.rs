@@ -81,8 +81,7 @@ fn banks_of_what_does_not_fit_are_refused() {
     let refused = |error: Error, with: &str| assert!(error.to_string().contains(with), "{error}");
     let of = |n, width| {
         let method = PromptTuningConfig::new(n);
-        let file = file(&attach(model(width), &method, 0).unwrap(), &method);
-        file
+        file(&attach(model(width), &method, 0).unwrap(), &method)
     };
     refused(PromptBankConfig::of(&[of(3, "llama"), of(4, "llama")]).unwrap_err(), "prompt_embeddings");
     refused(PromptBankConfig::of::<PromptTuningConfig>(&[]).unwrap_err(), "num_tasks");

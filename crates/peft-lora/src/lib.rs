@@ -7,6 +7,7 @@ mod hub;
 mod init;
 mod lora;
 mod plus;
+mod unbuilt;
 
 pub use combine::{Combination, combine};
 pub use factors::attach_factors;

@@ -18,8 +18,8 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::hub;
 use crate::init::InitWeights;
+use crate::{hub, unbuilt};
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -170,10 +170,7 @@ impl LoraAdapter {
             };
         };
         let y = inner.matmul(b.unsqueeze());
-        let y = match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
-        };
+        let y = self.bias.iter().fold(y, |y, bias| y + bias.val().unsqueeze());
         y * gate.forward(x)
     }
 }
@@ -293,33 +290,7 @@ impl Method for LoraConfig {
     }
 
     fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
-        // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
-        const NOT_BUILT: [&str; 12] = [
-            "use_dora",
-            "use_qalora",
-            "use_bdlora",
-            "alora_invocation_tokens",
-            "arrow_config",
-            "kasa_config",
-            "velora_config",
-            "monteclora_config",
-            "layer_replication",
-            "target_parameters",
-            "trainable_token_indices",
-            "megatron_config",
-        ];
-        for field in NOT_BUILT {
-            let asked = json.get(field).is_some_and(|v| match v {
-                serde_json::Value::Null | serde_json::Value::Bool(false) => false,
-                serde_json::Value::Array(values) => !values.is_empty(),
-                serde_json::Value::Object(values) => !values.is_empty(),
-                _ => true,
-            });
-            if asked {
-                return Err(Error::config(field, "null: this part of LoRA is not built yet", &json[field]));
-            }
-        }
-        Ok(())
+        unbuilt::check(json)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! With `z = x·W / temperature`, or `z = e·W` of a task's embedding `e`, and `p = softmax(z)`:
 //! - soft: `g = p` (Zadouri et al. 2023, arXiv:2309.05444, section 3.2)
-//! - top-k: `g = p` for the `k` largest, divided by their sum, and zero for all others (Shazeer et al. 2017, arXiv:1701.06538; MixLoRA, arXiv:2404.15159)
+//! - top-k: `g = p` for the `k` largest, divided by their sum, and zero for all others (Shazeer et al. 2017, arXiv:1701.06538; `MixLoRA`, arXiv:2404.15159)
 //! - top-p: the same for the fewest experts whose probabilities reach `p` together (Huang et al. 2024, arXiv:2403.07652)
 //! - switch: `g = p` for the largest alone (Fedus et al. 2022, arXiv:2101.03961)
 

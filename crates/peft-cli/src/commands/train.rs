@@ -224,7 +224,7 @@ impl Job<'_> {
 
 /// Files by name.
 fn names(files: &[PathBuf]) -> String {
-    files.iter().map(|file| quoted(file)).collect::<Vec<_>>().join(", ")
+    files.iter().map(quoted).collect::<Vec<_>>().join(", ")
 }
 
 /// Refuses settings that are for the other kind of model.

@@ -39,7 +39,7 @@ fn deviation(rows: usize, active: usize, dtype: DType, device: &Device) -> Resul
         let (a, b) = (a.reshape([D_IN, EXPERTS * RANK]), b.reshape([EXPERTS * RANK, D_OUT]));
         low_rank_experts(x.reshape([rows, D_IN]), a, b, gates.reshape([rows, EXPERTS]), SCALE)
     };
-    compare(&inputs, dtype, device, operation, |inputs| forward(inputs), |inputs, dy| backward(inputs, dy))
+    compare(&inputs, dtype, device, operation, forward, backward)
 }
 
 /// `hₑ = x·Aₑ` of one row, by expert and place.

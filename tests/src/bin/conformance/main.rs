@@ -97,33 +97,7 @@ fn main() -> ExitCode {
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
     let runner = Runner { device: &device, fuses: !cpu, slow, report: &report };
-    let mut checks = runner.laws("lora", lora::laws(lora::lora()));
-    checks.extend(runner.laws("lora-gated", lora::gated()));
-    checks.extend(runner.laws("ia3", adapter::ia3_laws(adapter::ia3())));
-    checks.extend(runner.laws("ia3-gated", adapter::gated_ia3()));
-    checks.extend(runner.laws("ssf", adapter::ssf_laws(adapter::ssf())));
-    checks.extend(runner.laws("ln-tuning", adapter::ln_tuning_laws()));
-    checks.extend(runner.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
-    for (name, method) in [
-        ("houlsby", BottleneckConfig::houlsby(4.0)),
-        ("pfeiffer", BottleneckConfig::pfeiffer(4.0)),
-        ("parallel", BottleneckConfig::parallel(4.0)),
-        ("compacter", BottleneckConfig::compacter(4.0)),
-        ("invertible", BottleneckConfig::pfeiffer(4.0).with_inv_adapter(2.0)),
-    ] {
-        checks.extend(runner.laws(name, adapter::bottleneck_laws(method)));
-    }
-    checks.extend(runner.compositions());
-    checks.extend(runner.laws("prompt", prompt::prompt()));
-    checks.extend(runner.laws("prefix", prompt::prefix()));
-    checks.extend(runner.laws("p-tuning", prompt::p_tuning()));
-    checks.extend(runner.laws("multitask", prompt::multitask()));
-    checks.extend(runner.laws("llama-adapter", prompt::llama_adapter()));
-    let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
-    checks.extend(runner.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
-    let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
-    checks
-        .extend(runner.laws("mixture by task", mixture::lora_laws(MixtureConfig::new(mixture::expert(), 3, by_task))));
+    let mut checks = runner.methods();
     // Drivers may have f64 and yet no exponential of it.
     for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
         let check = Check::run(name, || check(&device));
@@ -155,6 +129,39 @@ struct Runner<'a> {
 }
 
 impl Runner<'_> {
+    /// The laws of every method.
+    fn methods(&self) -> Vec<Check> {
+        let mut checks = self.laws("lora", lora::laws(lora::lora()));
+        checks.extend(self.laws("lora-gated", lora::gated()));
+        checks.extend(self.laws("ia3", adapter::ia3_laws(adapter::ia3())));
+        checks.extend(self.laws("ia3-gated", adapter::gated_ia3()));
+        checks.extend(self.laws("ssf", adapter::ssf_laws(adapter::ssf())));
+        checks.extend(self.laws("ln-tuning", adapter::ln_tuning_laws()));
+        checks.extend(self.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
+        for (name, method) in [
+            ("houlsby", BottleneckConfig::houlsby(4.0)),
+            ("pfeiffer", BottleneckConfig::pfeiffer(4.0)),
+            ("parallel", BottleneckConfig::parallel(4.0)),
+            ("compacter", BottleneckConfig::compacter(4.0)),
+            ("invertible", BottleneckConfig::pfeiffer(4.0).with_inv_adapter(2.0)),
+        ] {
+            checks.extend(self.laws(name, adapter::bottleneck_laws(method)));
+        }
+        checks.extend(self.compositions());
+        checks.extend(self.laws("prompt", prompt::prompt()));
+        checks.extend(self.laws("prefix", prompt::prefix()));
+        checks.extend(self.laws("p-tuning", prompt::p_tuning()));
+        checks.extend(self.laws("multitask", prompt::multitask()));
+        checks.extend(self.laws("llama-adapter", prompt::llama_adapter()));
+        let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
+        checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
+        let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
+        checks.extend(
+            self.laws("mixture by task", mixture::lora_laws(MixtureConfig::new(mixture::expert(), 3, by_task))),
+        );
+        checks
+    }
+
     /// The laws of one method, whose name comes before theirs.
     fn laws<M: Method>(&self, method: &str, mut laws: Laws<M>) -> Vec<Check> {
         if self.fuses {

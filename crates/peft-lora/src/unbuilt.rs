@@ -1,0 +1,35 @@
+//! Parts of PEFT's LoRA that are not built: a file that asks for one is refused by its name.
+
+use peft_core::{Error, Result};
+use serde_json::{Map, Value};
+
+/// Refuses a file that asks for one of them.
+pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
+    // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
+    const NOT_BUILT: [&str; 12] = [
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "velora_config",
+        "monteclora_config",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "megatron_config",
+    ];
+    for field in NOT_BUILT {
+        let asked = json.get(field).is_some_and(|v| match v {
+            Value::Null | Value::Bool(false) => false,
+            Value::Array(values) => !values.is_empty(),
+            Value::Object(values) => !values.is_empty(),
+            _ => true,
+        });
+        if asked {
+            return Err(Error::config(field, "null: this part of LoRA is not built yet", &json[field]));
+        }
+    }
+    Ok(())
+}
