@@ -35,9 +35,7 @@ pub(super) fn grouped<B: Host>(
         .map(|(piece, part)| {
             let (x, first) = (gather(piece.rows, &values, from), piece.expert * d_out);
             match side {
-                Side::Out => {
-                    factor.block(first + part.start..first + part.end, 0..d_in).transposed().applied_to(&x)
-                }
+                Side::Out => factor.block(first + part.start..first + part.end, 0..d_in).transposed().applied_to(&x),
                 Side::In => factor.block(first..first + d_out, part.clone()).applied_to(&x),
             }
         })

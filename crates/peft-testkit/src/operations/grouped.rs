@@ -38,7 +38,14 @@ impl Case {
             let groups = Groups::new(experts, &expert_of);
             grouped_linear(x.reshape([rows, d_in]), weights.reshape([experts, d_out, d_in]), &groups)
         };
-        compare(&inputs, dtype, device, operation, |inputs| self.forward(inputs), |inputs, dy| self.backward(inputs, dy))
+        compare(
+            &inputs,
+            dtype,
+            device,
+            operation,
+            |inputs| self.forward(inputs),
+            |inputs, dy| self.backward(inputs, dy),
+        )
     }
 
     /// Experts by turns, until the rows of each are used up.
