@@ -42,11 +42,21 @@ pub struct Site {
     pub device: Device,
 }
 
+/// Whether a path is that of the router of a mixture of experts.
+pub(crate) fn is_router(path: &str) -> bool {
+    path.ends_with("mlp.gate")
+}
+
 impl Site {
     /// Path of the parameter that an adapter sits in.
     pub(crate) fn weight(&self) -> String {
         let name = self.kind.weight();
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// Whether it is the router of a mixture of experts, by the name that it has in `transformers`, where it is no linear layer: what takes all of those leaves it out.
+    pub fn is_router(&self) -> bool {
+        is_router(&self.path)
     }
 
     /// The random generator of this site: it depends on the seed and the path alone, so that a model gets the same adapter on every

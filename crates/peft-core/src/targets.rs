@@ -6,13 +6,14 @@ use fancy_regex::Regex;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
+use crate::site::is_router;
 use crate::{Error, LayerKind, Result};
 
 /// A regular expression that must match a whole name, or a list of dotted suffixes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a regular expression or a list of names")]
 pub enum Names {
-    /// A regular expression over the whole module name; `all-linear` stands for every linear layer but the output head.
+    /// A regular expression over the whole module name; `all-linear` stands for every linear layer but the output head and routers of experts.
     Pattern(String),
     /// Each entry matches the module of that name and every module whose name ends in `.` and the entry.
     List(Vec<String>),
@@ -221,7 +222,7 @@ impl NameRule {
         match self {
             Self::AllLinear => {
                 let linear = kind.is_some_and(LayerKind::multiplies);
-                (linear && key.rsplit('.').next() != Some("lm_head"), false)
+                (linear && key.rsplit('.').next() != Some("lm_head") && !is_router(key), false)
             }
             Self::Pattern(pattern) => (is_match(pattern, key), true),
             Self::List(list) => {

@@ -3,6 +3,7 @@
 //!
 //! - [`low_rank_linear`]: a linear layer with its low-rank update.
 //! - [`low_rank_experts`]: the updates of several experts, each for the rows that go through it.
+//! - [`grouped_linear`]: the linear layers of several experts, each for its rows.
 //! - [`mixed_linear`]: a linear layer over a frozen weight in bfloat16, with sums in f32.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 //! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
@@ -24,6 +25,7 @@ mod cross_entropy;
 mod cube;
 mod experts;
 mod formula;
+mod grouped;
 #[cfg(feature = "host")]
 mod host;
 mod low_rank;
@@ -39,6 +41,7 @@ pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
 pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use experts::{ExpertOps, low_rank_experts};
+pub use grouped::{GroupedOps, Groups, Side, grouped_linear};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
 pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};

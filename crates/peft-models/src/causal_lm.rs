@@ -7,6 +7,7 @@ use peft_core::kernels::Scores;
 
 use crate::attention::{KvCache, Layout};
 use crate::config::ModelConfig;
+use crate::experts::Routed;
 use crate::gpt2::Gpt2;
 use crate::llama::Llama;
 
@@ -47,6 +48,19 @@ impl CausalLm {
         match self {
             Self::Llama(model) => model.hidden(ids, layout, cache),
             Self::Gpt2(model) => model.hidden(ids, layout, cache),
+        }
+    }
+
+    /// [`hidden`](Self::hidden), and what the router of each block with experts did.
+    pub fn routed(
+        &self,
+        ids: Tensor<2, Int>,
+        layout: Layout<'_>,
+        cache: Option<&mut KvCache>,
+    ) -> (Tensor<3>, Vec<Routed>) {
+        match self {
+            Self::Llama(model) => model.routed(ids, layout, cache),
+            Self::Gpt2(model) => (model.hidden(ids, layout, cache), Vec::new()),
         }
     }
 

@@ -1,6 +1,7 @@
-//! `config.json` of the Llama family and GPT-2, in the forms that `transformers` 4 and 5 write; and of encoders.
+//! `config.json` of the Llama family, with experts or without, and GPT-2, in the forms that `transformers` 4 and 5 write; and of encoders.
 
 mod encoder;
+mod experts;
 
 use std::path::Path;
 
@@ -8,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::encoder::{EncoderConfig, Family, InputConfig};
+pub use self::experts::{ExpertsConfig, SharedExpert};
 use crate::{Error, Result};
 
-/// The shape of a model of the Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2.
+/// The shape of a model of the Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2, and with experts Mixtral, Qwen2-MoE, Qwen3-MoE.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LlamaConfig {
     /// Number of tokens.
@@ -45,6 +47,8 @@ pub struct LlamaConfig {
     pub qk_norm: bool,
     /// How many tokens back a token sees, itself included, by block; `None` sees all.
     pub sliding_window: Vec<Option<usize>>,
+    /// The blocks whose MLP is a mixture of experts.
+    pub experts: Option<ExpertsConfig>,
 }
 
 /// Frequencies of the rotary position embedding. Su et al. 2021, arXiv:2104.09864.
@@ -138,7 +142,7 @@ impl ModelConfig {
         let fields = Fields { json, path };
         let model_type = fields.text("model_type")?.unwrap_or_default();
         match model_type {
-            "llama" | "mistral" | "qwen2" | "qwen3" => Ok(Self::Llama(fields.llama(model_type)?)),
+            "llama" | "mistral" | "qwen2" | "qwen3" | "mixtral" | "qwen2_moe" | "qwen3_moe" => Ok(Self::Llama(fields.llama(model_type)?)),
             "gpt2" => Ok(Self::Gpt2(fields.gpt2()?)),
             encoder if EncoderConfig::knows(encoder) => Err(Error::Unsupported {
                 what: format!("model_type \"{encoder}\" in {} where a model is to continue text", path.display()),
@@ -146,7 +150,8 @@ impl ModelConfig {
             }),
             other => Err(Error::Unsupported {
                 what: format!("model_type \"{other}\" in {}", path.display()),
-                hint: "llama, mistral, qwen2, qwen3 and gpt2 are; any other Burn model can be adapted from Rust"
+                hint: "llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe and gpt2 are; any other Burn model can be \
+                       adapted from Rust"
                     .to_owned(),
             }),
         }
@@ -262,8 +267,9 @@ impl<'a> Fields<'a> {
             other => return Err(self.unsupported("hidden_act", other)),
         }
         let num_hidden_layers = self.count("num_hidden_layers")?;
-        let qwen2 = model_type == "qwen2";
+        let (qwen2, qwen2_moe) = (model_type == "qwen2", model_type == "qwen2_moe");
         let bias = self.flag("attention_bias", false)?;
+        let qkv_bias = if qwen2_moe { self.flag("qkv_bias", true)? } else { qwen2 || bias };
         Ok(LlamaConfig {
             vocab_size: self.count("vocab_size")?,
             hidden_size,
@@ -276,28 +282,33 @@ impl<'a> Fields<'a> {
             rope: self.rope()?,
             max_position_embeddings: self.count_or("max_position_embeddings", 2048)?,
             tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
-            qkv_bias: qwen2 || bias,
-            o_bias: !qwen2 && bias,
+            qkv_bias,
+            o_bias: !qwen2 && !qwen2_moe && bias,
             mlp_bias: self.flag("mlp_bias", false)?,
-            qk_norm: model_type == "qwen3",
+            qk_norm: matches!(model_type, "qwen3" | "qwen3_moe"),
             sliding_window: self.sliding_window(model_type, num_hidden_layers)?,
+            experts: self.experts(model_type, num_hidden_layers)?,
         })
     }
 
     fn sliding_window(&self, model_type: &str, layers: usize) -> Result<Vec<Option<usize>>> {
         let window = match model_type {
-            "mistral" => self.get("sliding_window").map(|_| self.count("sliding_window")).transpose()?,
-            "qwen2" | "qwen3" if self.flag("use_sliding_window", false)? => {
+            "mistral" | "mixtral" => self.get("sliding_window").map(|_| self.count("sliding_window")).transpose()?,
+            "qwen2" | "qwen3" | "qwen2_moe" | "qwen3_moe" if self.flag("use_sliding_window", false)? => {
                 Some(self.count_or("sliding_window", 4096)?)
             }
             _ => None,
         };
-        // Qwen's first `max_window_layers` blocks see everything; `transformers` 5 spells each block out.
-        let full = if model_type == "mistral" { 0 } else { self.count_or("max_window_layers", layers)? };
+        let full = self.count_or("max_window_layers", layers)?;
+        // `transformers` 5 spells each block out where they differ.
         let types = self.get("layer_types").and_then(Value::as_array);
-        let slides = |layer: usize| match types.and_then(|t| t.get(layer)).and_then(Value::as_str) {
-            Some(kind) => kind == "sliding_attention",
-            None => layer >= full,
+        let slides = |layer: usize| match (types.and_then(|t| t.get(layer)).and_then(Value::as_str), model_type) {
+            (Some(kind), _) => kind == "sliding_attention",
+            (None, "mistral" | "mixtral" | "qwen3_moe") => true,
+            // Every second one of the first blocks.
+            (None, "qwen2_moe") => layer % 2 == 0 && layer < full,
+            // The first blocks see everything.
+            (None, _) => layer >= full,
         };
         Ok((0..layers).map(|layer| window.filter(|_| slides(layer))).collect())
     }

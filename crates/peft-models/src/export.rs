@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, INDEX, SINGLE};
 use crate::load::{HfTensor, export_weights};
+use crate::stacked::as_usual;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{TensorInfo, Weights as _};
 use crate::{Error, Result};
@@ -26,7 +27,7 @@ pub fn save_model<M: Module>(
     dtype: Dtype,
     dir: &Path,
 ) -> Result<()> {
-    let tensors = export_weights(module, |_| true)?;
+    let tensors = as_usual(config, export_weights(module, |_| true)?);
     let tensors = tensors.into_iter().map(|(name, t)| to_raw(name, dtype, t, dir)).collect::<Result<_>>()?;
     save_shard(dir, "model.safetensors", tensors)?;
     save_extras(config, tokenizer, dir)

@@ -1,12 +1,12 @@
-//! The Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2.
+//! The Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2; with experts Mixtral, Qwen2-MoE, Qwen3-MoE.
 //!
-//! One block: `x += o(attention(rope(q), rope(k), v))` of `RMSNorm(x)`, then `x += down(silu(gate) · up)` of `RMSNorm(x)`.
+//! One block: `x += o(attention(rope(q), rope(k), v))` of `RMSNorm(x)`, then `x += feed_forward(RMSNorm(x))`, dense or a mixture of experts.
 //! Touvron et al. 2023, arXiv:2302.13971; fields carry the names of `transformers`, so paths are file keys.
 
-use burn::module::{Initializer, Module};
-use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
+use burn::module::Module;
+use burn::nn::{Embedding, EmbeddingConfig, Linear, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::kernels::{Nonlinearity, Scores, gated, linear_cross_entropy};
+use peft_core::kernels::{Scores, linear_cross_entropy};
 use peft_core::{
     AdapterAware, Attended, Embedded, Named, PromptShape, Prompts, SubLayer, cross_entropy, embedding_as, linear,
     product, rms_norm,
@@ -14,6 +14,8 @@ use peft_core::{
 
 use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
 use crate::config::LlamaConfig;
+use crate::experts::{Routed, say};
+use crate::feed_forward::{FeedForward, INITIALIZER, proj};
 
 /// A causal language model of the Llama family.
 #[derive(Module, Debug)]
@@ -38,7 +40,7 @@ struct LlamaModel {
 #[derive(Module, Debug)]
 struct LlamaLayer {
     self_attn: LlamaAttention,
-    mlp: LlamaMlp,
+    mlp: FeedForward,
     input_layernorm: RmsNorm,
     post_attention_layernorm: RmsNorm,
     attention_adapters: SubLayer,
@@ -56,13 +58,6 @@ struct LlamaAttention {
     attended: Named<Attended>,
 }
 
-#[derive(Module, Debug)]
-struct LlamaMlp {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-}
-
 impl LlamaConfig {
     fn prompts(&self) -> PromptShape {
         PromptShape {
@@ -77,14 +72,11 @@ impl LlamaConfig {
 
     /// A model with random weights `N(0, 0.02²)`, allocated only when first used.
     pub fn init(&self, device: &Device) -> Llama {
-        let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
-        let proj = |d_in, d_out, bias| {
-            LinearConfig::new(d_in, d_out).with_bias(bias).with_initializer(initializer.clone()).init(device)
-        };
+        let proj = |d_in, d_out, bias| proj(d_in, d_out, bias, device);
         let norm = |width| RmsNormConfig::new(width).with_epsilon(self.rms_norm_eps).init(device);
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let hidden = self.hidden_size;
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
-        let layer = || LlamaLayer {
+        let layer = |layer| LlamaLayer {
             self_attn: LlamaAttention {
                 q_proj: proj(hidden, q, self.qkv_bias),
                 k_proj: proj(hidden, kv, self.qkv_bias),
@@ -94,11 +86,7 @@ impl LlamaConfig {
                 k_norm: self.qk_norm.then(|| norm(self.head_dim)),
                 attended: Attended::new(hidden, device),
             },
-            mlp: LlamaMlp {
-                gate_proj: proj(hidden, inner, self.mlp_bias),
-                up_proj: proj(hidden, inner, self.mlp_bias),
-                down_proj: proj(inner, hidden, self.mlp_bias),
-            },
+            mlp: FeedForward::new(self, layer, device),
             input_layernorm: norm(hidden),
             post_attention_layernorm: norm(hidden),
             attention_adapters: SubLayer::new(hidden, device),
@@ -106,12 +94,10 @@ impl LlamaConfig {
         };
         Llama {
             model: LlamaModel {
-                embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden)
-                    .with_initializer(initializer.clone())
-                    .init(device),
+                embed_tokens: EmbeddingConfig::new(self.vocab_size, hidden).with_initializer(INITIALIZER).init(device),
                 invertible_adapters: Embedded::new(hidden, device),
                 prompts: Prompts::new(self.prompts(), device),
-                layers: (0..self.num_hidden_layers).map(|_| layer()).collect(),
+                layers: (0..self.num_hidden_layers).map(layer).collect(),
                 norm: norm(hidden),
             },
             lm_head: (!self.tie_word_embeddings).then(|| proj(hidden, self.vocab_size, false)),
@@ -128,20 +114,35 @@ impl Llama {
     }
 
     /// Last hidden states, normed: `[batch, seq]` to `[batch, seq, hidden_size]`.
-    pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+    pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let (hidden, routed) = self.routed(ids, layout, cache);
+        say(&routed, self.config.experts.as_ref().and_then(|experts| experts.router_aux_loss_coef));
+        hidden
+    }
+
+    /// [`hidden`](Self::hidden) with what the routers of blocks with experts did.
+    pub fn routed(
+        &self,
+        ids: Tensor<2, Int>,
+        layout: Layout<'_>,
+        mut cache: Option<&mut KvCache>,
+    ) -> (Tensor<3>, Vec<Routed>) {
         let (config, model, device) = (&self.config, &self.model, ids.device());
         let x = model.invertible_adapters.enter(self.embed(ids.clone()));
         let (mut x, prompt) = enter(&model.prompts, x, &ids, cache.as_deref());
         let rope = Some((&config.rope, config.head_dim));
         let pass = Pass::new(layout, prompt.clone(), cache.as_deref_mut(), x.dims()[1], rope, &device);
+        let mut routed = Vec::new();
         for (at, layer) in model.layers.iter().enumerate() {
             let normed = rms_norm(&layer.input_layernorm, x.clone());
             let attended = layer.self_attn.forward(normed, config, &pass, at, cache.as_deref_mut());
             x = layer.attention_adapters.end(attended, x, None);
             let normed = rms_norm(&layer.post_attention_layernorm, x.clone());
-            x = layer.output_adapters.end(layer.mlp.forward(normed), x, None);
+            let (output, router) = layer.mlp.forward(normed);
+            routed.extend(router);
+            x = layer.output_adapters.end(output, x, None);
         }
-        prompt.behind(rms_norm(&model.norm, x))
+        (prompt.behind(rms_norm(&model.norm, x)), routed)
     }
 
     /// Embeddings of tokens: `[batch, seq]` to `[batch, seq, hidden_size]`.
@@ -211,12 +212,5 @@ impl LlamaAttention {
             Some(more) => y + linear(&self.o_proj, more),
             None => y,
         }
-    }
-}
-
-impl LlamaMlp {
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let (gate, up) = (linear(&self.gate_proj, x.clone()), linear(&self.up_proj, x));
-        linear(&self.down_proj, gated(gate, up, Nonlinearity::Silu))
     }
 }

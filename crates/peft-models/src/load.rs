@@ -126,9 +126,10 @@ fn fill<M: Module>(
     let packed = packed.collect();
     let module = pack(module, packed)?;
     let is_matrix = |kind| matches!(kind, LayerKind::Linear | LayerKind::Conv1D | LayerKind::Embedding);
-    let matrices = sites.iter().filter(|site| precision == Precision::Bf16 && is_matrix(site.kind));
-    let matrices = matrices.map(|site| site.id).collect();
-    let mut loader = Loader { weights, sources, matrices, failed: None };
+    // The choice of experts would hang on what is rounded.
+    let matrices = sites.iter().filter(|site| is_matrix(site.kind) && !site.is_router());
+    let matrices = matrices.map(|site| site.id).filter(|_| precision == Precision::Bf16).collect();
+    let mut loader = Loader { weights, sources, matrices, precision, failed: None };
     let module = map_params(module, &mut loader);
     loader.failed.map_or(Ok(module), Err)
 }
@@ -196,13 +197,14 @@ impl ParamVisitor for Plan<'_> {
 struct Loader<'a> {
     weights: &'a dyn Weights,
     sources: &'a HashMap<ParamId, Source<'a>>,
-    /// Those in 16 bits.
+    /// Layers in 16 bits.
     matrices: HashSet<ParamId>,
+    precision: Precision,
     failed: Option<Error>,
 }
 
 impl ParamMapper for Loader<'_> {
-    fn float<const D: usize>(&mut self, _at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(source) = self.sources.get(&param.id).filter(|_| self.failed.is_none()) else { return param };
         let shape = param.lazy_shape().to_vec();
         match self.weights.read(source.info) {
@@ -213,7 +215,9 @@ impl ParamMapper for Loader<'_> {
                 };
                 // What was frozen stays so. The random initial value is never made: a lazy parameter is replaced, not read.
                 let trained = !param.is_initialized() || param.is_require_grad();
-                let dtype = if self.matrices.contains(&param.id) { DType::BF16 } else { DType::F32 };
+                let experts = self.precision == Precision::Bf16 && at.parent().ends_with(".experts");
+                let half = experts || self.matrices.contains(&param.id);
+                let dtype = if half { DType::BF16 } else { DType::F32 };
                 let value = Tensor::from_data(TensorData::new(values, shape), (&param.lazy_device(), dtype));
                 Param::initialized(param.id, value).set_require_grad(trained)
             }

@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{Architecture, ModelConfig};
 use crate::gguf::Gguf;
 use crate::load::{Packing, Precision, load_weights};
+use crate::stacked::Stacked;
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::weights::Weights;
 use crate::{CausalLm, Error, Result, tiny};
@@ -197,7 +198,8 @@ impl Pretrained {
                 [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
             buffer || (tied && name == "lm_head.weight")
         };
-        let model = load_weights(CausalLm::new(&config, device), files.origin.weights(), packing, precision, ignored)?;
+        let weights = Stacked::new(files.origin.weights())?;
+        let model = load_weights(CausalLm::new(&config, device), &weights, packing, precision, ignored)?;
         Ok(Self { model, files })
     }
 

@@ -99,7 +99,7 @@ impl Quantization {
             };
             !name.is_empty() && site.path.match_indices(name.as_str()).any(|(at, _)| at_ends(at))
         };
-        if !site.kind.multiplies() || self.skip.iter().any(skipped) {
+        if !site.kind.multiplies() || site.is_router() || self.skip.iter().any(skipped) {
             return Ok(None);
         }
         Ok(Some(*pattern_value("pattern", &self.pattern, &site.path)?.unwrap_or(&self.format)))

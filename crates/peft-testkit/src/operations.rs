@@ -5,6 +5,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod experts;
+mod grouped;
 mod low_rank;
 mod mixed;
 mod norm;
@@ -40,6 +41,7 @@ pub fn operations() -> Vec<Operation> {
         cross_entropy::checks(),
         low_rank::checks(),
         experts::checks(),
+        grouped::checks(),
         mixed::checks(),
     ];
     checks.into_iter().flatten().collect()

@@ -10,7 +10,7 @@ use peft_models::config::Architecture;
 use peft_models::export::{Dtype, rewrite, save_model};
 use peft_models::load::{HfTensor, Packing, Precision, export_weights};
 use peft_models::weights::Weights;
-use peft_models::{ModelFiles, Origin, Pretrained};
+use peft_models::{ModelFiles, Origin, Pretrained, stacked};
 use peft_quant::{LayerTruth, Quantization, merge_truth};
 use peft_train::{Trained as _, WholeModel};
 use serde_json::{Value, json};
@@ -203,5 +203,5 @@ fn as_named_in(base: &dyn Weights, tensors: BTreeMap<String, HfTensor>) -> BTree
         Some(short) if base.find(short).is_some() => short.to_owned(),
         _ => name,
     };
-    tensors.into_iter().map(|(name, tensor)| (rename(name), tensor)).collect()
+    stacked::as_in(base, tensors).into_iter().map(|(name, tensor)| (rename(name), tensor)).collect()
 }

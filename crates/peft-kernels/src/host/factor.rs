@@ -1,5 +1,7 @@
 //! The frozen factor of a product, in the type in which it is kept.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::bfloat::{self, Runs};
@@ -25,6 +27,14 @@ impl Factor<'_> {
         match self {
             Self::Single(weight) => Factor::Single(weight.transposed()),
             Self::Half(weight) => Factor::Half(weight.transposed()),
+        }
+    }
+
+    /// Some rows and columns.
+    pub(crate) fn block(&self, rows: Range<usize>, columns: Range<usize>) -> Factor<'_> {
+        match self {
+            Self::Single(weight) => Factor::Single(weight.block(rows, columns)),
+            Self::Half(weight) => Factor::Half(weight.block(rows, columns)),
         }
     }
 

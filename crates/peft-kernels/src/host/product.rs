@@ -31,6 +31,14 @@ impl<'a, T: Clone> Matrix<'a, T> {
         Matrix { values: Cow::Borrowed(values), rows: *columns, columns: *rows, row: *column, column: *row }
     }
 
+    /// Some rows and columns of the same values.
+    pub(crate) fn block(&self, rows: Range<usize>, columns: Range<usize>) -> Matrix<'_, T> {
+        assert!(rows.end <= self.rows && columns.end <= self.columns, "a block inside a matrix");
+        let start = (rows.start * self.row + columns.start * self.column).min(self.values.len());
+        let values = Cow::Borrowed(&self.values[start..]);
+        Matrix { values, rows: rows.len(), columns: columns.len(), row: self.row, column: self.column }
+    }
+
     pub(crate) fn fits(&self) -> bool {
         self.rows == 0
             || self.columns == 0

@@ -1,7 +1,9 @@
 //! Products of f32 with frozen matrices in 16 bits, against the same products with the same matrices in f32.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::kernels::{PackedLayout, Weight, linear_cross_entropy, low_rank_linear, mixed_linear};
+use peft_core::kernels::{
+    Groups, PackedLayout, Weight, grouped_linear, linear_cross_entropy, low_rank_linear, mixed_linear,
+};
 
 use super::packed::{Sample, Scales};
 use super::{HALF, Operation, ROUNDING, rounded};
@@ -27,11 +29,17 @@ pub(super) fn checks() -> Vec<Operation> {
         let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [tokens]), &x.device());
         linear_cross_entropy(x, weight, targets, 0.1).losses.unsqueeze_dim(1)
     };
+    let grouped = |x: Tensor<2>, weight: Tensor<2>| {
+        // Three experts with the same layer; the second has no rows.
+        let groups = Groups::new(3, &(0..x.dims()[0]).map(|row| row % 5 / 3 * 2).collect::<Vec<_>>());
+        grouped_linear(x, weight.transpose().unsqueeze::<3>().repeat_dim(0, 3), &groups)
+    };
     vec![
         check("mixed_linear bf16", DType::BF16, true, dense(mixed_linear, DType::BF16)),
         check("mixed_linear f16", DType::F16, true, dense(mixed_linear, DType::F16)),
         check("mixed_linear transposed bf16", DType::BF16, true, dense(transposed, DType::BF16)),
         check("low_rank_linear over bf16", DType::BF16, true, dense(low_rank, DType::BF16)),
+        check("grouped_linear over bf16", DType::BF16, true, dense(grouped, DType::BF16)),
         // The gradient of the logits is rounded on its way back.
         check("linear_cross_entropy over bf16", DType::BF16, false, dense(losses, DType::BF16)),
         check("packed_linear in bf16", DType::BF16, false, packed),

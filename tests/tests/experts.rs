@@ -1,0 +1,295 @@
+//! Decoders with experts: equality with `transformers`, both forms of their files, adapters on them, and files that do not fit.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::{ParamVisitor, PathStack};
+use peft_core::{Peft as _, Targets, scan, visit_params, with_auxiliary};
+use peft_lora::LoraConfig;
+use peft_models::checkpoint::Checkpoint;
+use peft_models::export::{Dtype, save_model};
+use peft_models::load::{Packing, Precision};
+use peft_models::weights::Weights as _;
+use peft_models::{CausalLm, KvCache, Layout, ModelSource, Pretrained, Sampling, generate, load_balancing_loss};
+use peft_quant::Quantization;
+
+use crate::golden::{BOUND, deviation, floats, ints, logits, testdata};
+
+const MODELS: [&str; 6] = ["mixtral", "mixtral_fused", "qwen2_moe", "qwen2_moe_fused", "qwen3_moe", "qwen3_moe_dense"];
+
+fn dir(name: &str) -> PathBuf {
+    testdata().join("models-moe").join(name)
+}
+
+fn golden(name: &str) -> PathBuf {
+    dir(name).join("logits.safetensors")
+}
+
+fn pretrained(dir: &Path, packing: &Packing, precision: Precision, device: &Device) -> Pretrained {
+    Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, precision, device).unwrap()
+}
+
+fn model(name: &str) -> CausalLm {
+    pretrained(&dir(name), &Packing::AsStored, Precision::F32, &Device::flex()).model
+}
+
+fn tokens(name: &str, device: &Device) -> Tensor<2, Int> {
+    let (shape, tokens) = ints(&golden(name), "tokens");
+    Tensor::from_data(TensorData::new(tokens, shape), device)
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+#[test]
+fn logits_equal_transformers() {
+    for name in MODELS {
+        let found = deviation(&logits(&model(name), &golden(name)), &floats(&golden(name), "logits"));
+        assert!(found < BOUND, "{name}: {found}");
+    }
+}
+
+#[test]
+fn routers_give_what_those_of_transformers_give() {
+    for name in MODELS {
+        let (_, routed) = model(name).routed(tokens(name, &Device::flex()), Layout::Rows, None);
+        let bytes = std::fs::read(golden(name)).unwrap();
+        let names = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let routers = names.names().into_iter().filter(|key| key.starts_with("router_logits.")).count();
+        assert_eq!(routed.len(), routers, "{name}");
+        for each in routed {
+            let expected = floats(&golden(name), &format!("router_logits.{}", each.layer));
+            assert_eq!(each.chosen.len() * each.logits.dims()[1] % expected.len(), 0, "{name}");
+            let found = deviation(&values(each.logits), &expected);
+            assert!(found < BOUND, "{name}, {}: {found}", each.layer);
+        }
+    }
+}
+
+#[test]
+fn the_loss_of_balance_equals_transformers() {
+    for name in ["mixtral", "qwen2_moe", "qwen3_moe"] {
+        let (_, routed) = model(name).routed(tokens(name, &Device::flex()), Layout::Rows, None);
+        let found = values(load_balancing_loss(&routed).unwrap());
+        assert!(deviation(&found, &floats(&golden(name), "aux_loss")) < 1e-5, "{name}: {found:?}");
+    }
+    assert!(load_balancing_loss(&[]).is_none());
+}
+
+/// A copy of a golden model with some fields of its configuration changed.
+fn changed(name: &str, fields: &[(&str, serde_json::Value)]) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(dir(name).join("model.safetensors"), copy.path().join("model.safetensors")).unwrap();
+    let mut json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(dir(name).join("config.json")).unwrap()).unwrap();
+    for (field, value) in fields {
+        json[field] = value.clone();
+    }
+    std::fs::write(copy.path().join("config.json"), json.to_string()).unwrap();
+    copy
+}
+
+#[test]
+fn what_routers_do_is_said_in_a_pass() {
+    let name = "qwen2_moe";
+    let said = |dir: &Path| {
+        let model = pretrained(dir, &Packing::AsStored, Precision::F32, &Device::flex()).model;
+        with_auxiliary(|| model.forward(tokens(name, &Device::flex()))).1
+    };
+    let plain = said(&dir(name));
+    let paths: Vec<&str> = plain.iter().map(|each| each.path.as_str()).collect();
+    assert_eq!(paths, ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]);
+    for each in &plain {
+        assert!(each.loss.is_none());
+        assert!((values(each.load.clone()).iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        let entropy = values(each.entropy.clone())[0];
+        assert!(entropy > 0.0 && entropy < 6.0_f32.ln(), "{entropy}");
+    }
+    let fields = [("output_router_logits", true.into()), ("router_aux_loss_coef", 0.5.into())];
+    let losses: Vec<f32> =
+        said(changed(name, &fields).path()).into_iter().filter_map(|each| each.loss).flat_map(values).collect();
+    assert!(deviation(&losses, &[0.5 * floats(&golden(name), "aux_loss")[0]]) < 1e-5, "{losses:?}");
+}
+
+#[test]
+fn greedy_generation_equals_transformers_and_the_cache_changes_nothing() {
+    for name in ["mixtral", "qwen2_moe", "qwen3_moe_dense"] {
+        let model = model(name);
+        let prompt: Vec<u32> = ints(&golden(name), "tokens").1[..4].iter().map(|id| *id as u32).collect();
+        let found = generate(&model, &prompt, 8, Sampling::default(), &[], &Device::flex(), |_| true).unwrap();
+        if name != "qwen3_moe_dense" {
+            let expected: Vec<u32> = ints(&golden(name), "greedy").1.iter().map(|id| *id as u32).collect();
+            assert_eq!(found, expected, "{name}");
+        }
+        let ids = tokens(name, &Device::flex());
+        let mut cache = KvCache::default();
+        let steps = (0..ids.dims()[1]).map(|at| {
+            let hidden = model.hidden(ids.clone().narrow(1, at, 1), Layout::Rows, Some(&mut cache));
+            hidden
+        });
+        let steps = values(Tensor::cat(steps.collect::<Vec<_>>(), 1));
+        let whole = values(model.hidden(ids.clone(), Layout::Rows, None));
+        assert!(deviation(&steps, &whole) < BOUND, "{name}");
+    }
+}
+
+#[test]
+fn logits_over_bfloat16_and_packed_layers_are_near() {
+    let packed = Packing::Quantize(Quantization::default());
+    for name in MODELS {
+        let expected = floats(&golden(name), "logits");
+        let largest = expected.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        for (packing, precision) in [(&Packing::AsStored, Precision::Bf16), (&packed, Precision::F32)] {
+            let model = pretrained(&dir(name), packing, precision, &Device::flex()).model;
+            let found = deviation(&logits(&model, &golden(name)), &expected) / largest;
+            assert!(found > 1e-5 && found < 0.1, "{name}, {precision:?}: {found}");
+        }
+    }
+}
+
+#[test]
+fn routers_are_neither_packed_nor_taken_for_linear_layers() {
+    let packing = Packing::Quantize(Quantization::default());
+    let model = pretrained(&dir("qwen2_moe"), &packing, Precision::F32, &Device::flex()).model;
+    let packed = |name: &str| {
+        scan(&model).sites.into_iter().filter(|s| s.path.ends_with(name)).all(|site| site.packed.is_some())
+    };
+    assert!(packed("q_proj") && packed("shared_expert.up_proj") && !packed("mlp.gate"));
+    let adapted = |targets: Targets| {
+        let method = LoraConfig { targets, ..LoraConfig::default() };
+        scan(&crate::experts::model("qwen2_moe").attach(&method).unwrap()).adapted
+    };
+    let all = adapted(Targets::pattern("all-linear"));
+    assert!(all.contains("model.layers.0.mlp.shared_expert_gate") && !all.contains("model.layers.0.mlp.gate"));
+    assert!(adapted(Targets::modules(["gate"])).contains("model.layers.1.mlp.gate"));
+}
+
+/// Which parameters have gradients.
+struct Moved<'a>(&'a burn::tensor::Gradients, Vec<String>);
+
+impl ParamVisitor for Moved<'_> {
+    fn float<const D: usize>(&mut self, at: &PathStack, param: &burn::module::Param<Tensor<D>>) {
+        if param.val().grad(self.0).is_some() {
+            self.1.push(at.path());
+        }
+    }
+}
+
+#[test]
+fn lora_trains_through_frozen_experts() {
+    let device = Device::flex().autodiff();
+    for name in ["mixtral", "qwen3_moe_dense"] {
+        let base = pretrained(&dir(name), &Packing::AsStored, Precision::F32, &device).model;
+        let method = LoraConfig { targets: Targets::modules(["q_proj", "gate"]), ..LoraConfig::default() };
+        let model = base.attach(&method).unwrap();
+        let grads = model.forward(tokens(name, &device)).powf_scalar(2.0).mean().backward();
+        let mut moved = Moved(&grads, Vec::new());
+        visit_params(&model, &mut moved);
+        let sites = scan(&model).adapted.len();
+        assert_eq!(moved.1.len(), 2 * sites, "{name}: {:?}", moved.1);
+        assert!(moved.1.iter().all(|path| path.contains("lora")), "{name}: {:?}", moved.1);
+        // The first matrix has no gradient before the second moves; that one has, in the router too.
+        assert!(moved.1.iter().any(|path| path.contains("mlp.gate")));
+    }
+}
+
+#[test]
+fn a_model_is_written_as_transformers_writes_it() {
+    for (name, per_expert) in
+        [("mixtral_fused", "mixtral"), ("qwen2_moe", "qwen2_moe"), ("qwen3_moe_dense", "qwen3_moe_dense")]
+    {
+        let out = tempfile::tempdir().unwrap();
+        let read = pretrained(&dir(name), &Packing::AsStored, Precision::F32, &Device::flex());
+        save_model(&read.model, &read.files.config, None, Dtype::F32, out.path()).unwrap();
+        let (found, expected) = (Checkpoint::open(out.path()).unwrap(), Checkpoint::open(&dir(per_expert)).unwrap());
+        assert_eq!(found.tensors(), expected.tensors());
+        for info in found.tensors() {
+            assert_eq!(found.bytes(info).unwrap(), expected.bytes(info).unwrap(), "{}", info.name);
+        }
+    }
+}
+
+fn refused(dir: &Path) -> String {
+    Pretrained::load(&ModelSource::Dir(dir.to_owned()), &Device::flex()).map(|_| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn configurations_that_do_not_fit_are_refused() {
+    for (name, field, value, expected) in [
+        (
+            "mixtral",
+            "num_experts_per_tok",
+            5.into(),
+            "`num_experts_per_tok`: expected at most the 4 experts of a block, found 5",
+        ),
+        (
+            "mixtral",
+            "num_local_experts",
+            5.into(),
+            "mlp.experts.down_proj: expected shape [5, 32, 24], found [4, 32, 24]",
+        ),
+        (
+            "mixtral_fused",
+            "intermediate_size",
+            25.into(),
+            "mlp.experts.gate_up_proj: expected shape [4, 50, 32], found [4, 48, 32]",
+        ),
+        (
+            "qwen2_moe",
+            "num_experts",
+            serde_json::Value::Null,
+            "`num_experts`: expected a positive whole number, found nothing",
+        ),
+        (
+            "qwen2_moe",
+            "moe_intermediate_size",
+            0.into(),
+            "`moe_intermediate_size`: expected a positive whole number, found 0",
+        ),
+        (
+            "qwen3_moe",
+            "mlp_only_layers",
+            "first".into(),
+            "`mlp_only_layers`: expected a list of numbers of blocks, found \"first\"",
+        ),
+        ("qwen3_moe", "mlp_only_layers", serde_json::json!([1]), "model.layers.1.mlp.gate_proj.weight: missing"),
+        (
+            "qwen3_moe",
+            "decoder_sparse_step",
+            0.into(),
+            "`decoder_sparse_step`: expected a positive whole number, found 0",
+        ),
+    ] {
+        let message = refused(changed(name, &[(field, value)]).path());
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn an_expert_that_is_missing_is_named() {
+    for (tensor, expected) in [
+        (
+            "block_sparse_moe.experts.1.w3",
+            "model.layers.0.mlp.experts.gate_up_proj: the up projection of expert 1 is missing",
+        ),
+        (
+            "block_sparse_moe.experts.3.w3",
+            "model.layers.0.mlp.experts.gate_up_proj: the up projection of expert 3 is missing",
+        ),
+        (
+            "block_sparse_moe.experts.0.w2",
+            "model.layers.0.mlp.experts.down_proj: the down projection of expert 0 is missing",
+        ),
+        ("block_sparse_moe.experts.3.w2", "mlp.experts.down_proj: expected shape [4, 32, 24], found [3, 32, 24]"),
+    ] {
+        let copy = changed("mixtral", &[]);
+        let path = copy.path().join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let left = file.tensors().into_iter().filter(|(name, _)| *name != format!("model.layers.0.{tensor}.weight"));
+        std::fs::write(&path, safetensors::serialize(left, None).unwrap()).unwrap();
+        let message = refused(copy.path());
+        assert!(message.contains(expected), "{message}");
+    }
+}
