@@ -16,6 +16,10 @@ def save(model, directory, base):
     target = directory if model.active_adapter == "default" else directory.parent
     model.save_pretrained(target)
     (target / "README.md").unlink()
+    fix_config(directory, base)
+
+
+def fix_config(directory, base):
     path = directory / "adapter_config.json"
     fields = json.loads(path.read_text())
     fields["base_model_name_or_path"] = f"testdata/{base}"
