@@ -103,9 +103,9 @@ def router_lead(config, gate, router_logits):
 @torch.no_grad()
 def routed(model, tokens):
     """The logits of each router, before softmax or sigmoid, by the number of the layer."""
-    gates = {
-        number: layer.mlp.gate for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")
-    }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    blocks = {number: layer.mlp for number, layer in enumerate(base.model.layers) if hasattr(layer.mlp, "experts")}
+    gates = {number: getattr(block.gate, "base_layer", block.gate) for number, block in blocks.items()}
     per_layer = model(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
     assert len(per_layer) == len(gates)
     for gate, router_logits in zip(gates.values(), per_layer):

@@ -8,7 +8,7 @@ from models import load, logits, provenance
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-SETS = ("target_modules", "exclude_modules", "feedforward_modules")
+SETS = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters")
 
 
 def save(model, directory, base):
@@ -16,6 +16,10 @@ def save(model, directory, base):
     target = directory if model.active_adapter == "default" else directory.parent
     model.save_pretrained(target)
     (target / "README.md").unlink()
+    fix_config(directory, base)
+
+
+def fix_config(directory, base):
     path = directory / "adapter_config.json"
     fields = json.loads(path.read_text())
     fields["base_model_name_or_path"] = f"testdata/{base}"
@@ -34,13 +38,13 @@ def unload(model):
 
 
 def write_case(
-    path, base, config, randomise, script, load=load, outputs=causal_outputs, inputs=("tokens",), merge=unload
+    path, base, config, randomise, script, load=load, outputs=causal_outputs, inputs=("tokens",), merge=unload, seed=None
 ):  # fmt: skip
     """Save the randomised adapter, load it again, merge it. Returns by how much it moves the logits, and merging moves them again."""
     directory, base_directory = TESTDATA / path, TESTDATA / base
     golden = load_file(base_directory / "logits.safetensors")
     model = get_peft_model(load(base_directory), config)
-    randomise(model, generator(path))
+    randomise(model, generator(seed or path))
     adapted = outputs(model.eval(), golden)
     save(model, directory, base)
     again = outputs(PeftModel.from_pretrained(load(base_directory), directory).eval(), golden)
@@ -50,7 +54,7 @@ def write_case(
     key = next(iter(adapted))
     tensors = {name: golden[name] for name in inputs} | adapted | {f"{key}_merged": merged[key]}
     save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "logits.safetensors")
-    provenance(directory, script, path)
+    provenance(directory, script, seed or path)
     moved, merge_error = (difference(adapted[key], other[key]) for other in (golden, merged))
     print(f"{path:36} moves the output by {moved:.3f}, merging by another {merge_error:.1e}")
     assert moved > 1e-2
