@@ -35,9 +35,9 @@ pub type Norm<'a> = &'a dyn Fn(Tensor<3>) -> Tensor<3>;
 /// What the field of a place is called that an adapter sits in.
 pub(crate) const PLACE: &str = "place";
 
-/// What an adapter sits in where there is no weight: it is never read.
+/// What an adapter sits in where there is no weight: it is never read, so it is one value that looks as wide as the model.
 pub(crate) fn new_place(width: usize, device: &Device) -> Param<Tensor<1>> {
-    Param::from_tensor(Tensor::zeros([width], device)).set_require_grad(false)
+    Param::from_tensor(Tensor::<1>::zeros([1], device).expand([width])).set_require_grad(false)
 }
 
 impl SubLayer {
