@@ -106,7 +106,9 @@ def attach(model, kind, tensors, fields):
                 return y + delta(tensors, prefix, x, scale(fields))
             share = routing(router, x, count)
             experts = range(EXPERTS)
-            return y + sum(share[..., e, None] * delta(tensors, f"{prefix}.experts.{e}", x, expert_scale) for e in experts)
+            return y + sum(
+                share[..., e, None] * delta(tensors, f"{prefix}.experts.{e}", x, expert_scale) for e in experts
+            )
 
         return forward
 

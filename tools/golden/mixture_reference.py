@@ -97,7 +97,12 @@ def main():
     mask[1, -2:] = 0
 
     t |= {"task_ids": tasks, "task_types": types, "mask": mask}
-    t |= {"router_logits": logits, "probabilities": probabilities, "top_k_weights": top, "task_weights": np.array(by_task)}
+    t |= {
+        "router_logits": logits,
+        "probabilities": probabilities,
+        "top_k_weights": top,
+        "task_weights": np.array(by_task),
+    }
     t["molora"] = each_token(lambda x, p: mixed(t, x, p), t["x"], probabilities)
     t["molora_top_k"] = each_token(lambda x, p: mixed(t, x, p), t["x"], masked)
     t["mixlora"] = each_token(lambda x, p: mixed(t, x, p), t["x"], top)
