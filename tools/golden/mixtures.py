@@ -55,7 +55,10 @@ ARROW_CASES = {
 # By how much a chosen expert leads one that is not, at least: far more than rounding moves them.
 LEAD = 3e-4
 # Another seed where the choice of the best hangs on rounding.
-SEEDS = {"mixtures/xlora/top_k": "mixtures/xlora/top_k/4", "mixtures/xlora/top_k_twice": "mixtures/xlora/top_k_twice/19"}
+SEEDS = {
+    "mixtures/xlora/top_k": "mixtures/xlora/top_k/4",
+    "mixtures/xlora/top_k_twice": "mixtures/xlora/top_k_twice/19",
+}
 
 
 def golden_tokens():
@@ -167,7 +170,12 @@ def main():
     os.chdir(TESTDATA.parent)
     for kind in ("experts", "poly", "xlora", "arrow"):
         shutil.rmtree(MIXTURES / kind, ignore_errors=True)
-    writers = ((write_expert, EXPERTS), (write_poly, POLY_CASES), (write_xlora, XLORA_CASES), (write_arrow, ARROW_CASES))
+    writers = (
+        (write_expert, EXPERTS),
+        (write_poly, POLY_CASES),
+        (write_xlora, XLORA_CASES),
+        (write_arrow, ARROW_CASES),
+    )
     for write, cases in writers:
         for name, fields in cases.items():
             write(name, dict(fields))

@@ -58,7 +58,8 @@ OLD = {
 LOST = ("qwen2_moe", "deepseek_v3")
 # Another seed where a choice of experts would hang on rounding.
 SEEDS = {
-    path: f"{path}/1" for path in ("lora-moe/mixtral/per_expert", "lora-moe/qwen3_moe/attention", "lora-moe/qwen3_moe/projections")
+    path: f"{path}/1"
+    for path in ("lora-moe/mixtral/per_expert", "lora-moe/qwen3_moe/attention", "lora-moe/qwen3_moe/projections")
 }
 
 
@@ -119,7 +120,9 @@ def write_old(base):
     golden = {"tokens": base_golden["tokens"]} | outputs(merged(base_directory, weights, factors), base_golden)
     by_peft = logits(PeftModel.from_pretrained(load(base_directory), directory).eval(), golden["tokens"])
     error = difference(golden["logits"], by_peft)
-    print(f"{path:36} moves the output by {difference(golden['logits'], base_golden['logits']):.3f}, PEFT differs by {error:.1e}")
+    print(
+        f"{path:36} moves the output by {difference(golden['logits'], base_golden['logits']):.3f}, PEFT differs by {error:.1e}"
+    )
     assert (error > 1e-2) == (base in LOST) and (error < 2e-5) == (base not in LOST)
     if base in LOST:
         golden["logits_peft"] = by_peft
