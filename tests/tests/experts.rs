@@ -124,10 +124,8 @@ fn greedy_generation_equals_transformers_and_the_cache_changes_nothing() {
         }
         let ids = tokens(name, &Device::flex());
         let mut cache = KvCache::default();
-        let steps = (0..ids.dims()[1]).map(|at| {
-            let hidden = model.hidden(ids.clone().narrow(1, at, 1), Layout::Rows, Some(&mut cache));
-            hidden
-        });
+        let steps =
+            (0..ids.dims()[1]).map(|at| model.hidden(ids.clone().narrow(1, at, 1), Layout::Rows, Some(&mut cache)));
         let steps = values(Tensor::cat(steps.collect::<Vec<_>>(), 1));
         let whole = values(model.hidden(ids.clone(), Layout::Rows, None));
         assert!(deviation(&steps, &whole) < BOUND, "{name}");

@@ -306,7 +306,7 @@ impl<'a> Fields<'a> {
             (Some(kind), _) => kind == "sliding_attention",
             (None, "mistral" | "mixtral" | "qwen3_moe") => true,
             // Every second one of the first blocks.
-            (None, "qwen2_moe") => layer % 2 == 0 && layer < full,
+            (None, "qwen2_moe") => layer.is_multiple_of(2) && layer < full,
             // The first blocks see everything.
             (None, _) => layer >= full,
         };

@@ -134,7 +134,7 @@ fn problem(name: &str, parts: &BTreeMap<Place, &TensorInfo>) -> Option<String> {
             return Some(format!("  - {}: expected shape {expected:?}, found {:?}", info.name, info.shape));
         }
     }
-    (parts.len() % per_expert != 0)
+    (!parts.len().is_multiple_of(per_expert))
         .then(|| format!("  - {name}: the up projection of expert {} is missing", parts.len() / per_expert))
 }
 
