@@ -7,6 +7,7 @@ use peft_core::{ParamVisitor, PathStack};
 use peft_core::{Peft as _, Targets, scan, visit_params, with_auxiliary};
 use peft_lora::LoraConfig;
 use peft_models::checkpoint::Checkpoint;
+use peft_models::config::ModelConfig;
 use peft_models::export::{Dtype, save_model};
 use peft_models::load::{Packing, Precision};
 use peft_models::weights::Weights as _;
@@ -15,7 +16,19 @@ use peft_quant::Quantization;
 
 use crate::golden::{BOUND, deviation, floats, ints, logits, testdata};
 
-const MODELS: [&str; 6] = ["mixtral", "mixtral_fused", "qwen2_moe", "qwen2_moe_fused", "qwen3_moe", "qwen3_moe_dense"];
+const MODELS: [&str; 11] = [
+    "mixtral",
+    "mixtral_fused",
+    "qwen2_moe",
+    "qwen2_moe_fused",
+    "qwen3_moe",
+    "qwen3_moe_dense",
+    "deepseek_v2",
+    "deepseek_v2_groups",
+    "deepseek_v3",
+    "deepseek_v3_fused",
+    "deepseek_v3_plain",
+];
 
 fn dir(name: &str) -> PathBuf {
     testdata().join("models-moe").join(name)
@@ -114,11 +127,11 @@ fn what_routers_do_is_said_in_a_pass() {
 
 #[test]
 fn greedy_generation_equals_transformers_and_the_cache_changes_nothing() {
-    for name in ["mixtral", "qwen2_moe", "qwen3_moe_dense"] {
+    for name in ["mixtral", "qwen2_moe", "deepseek_v3", "qwen3_moe_dense", "deepseek_v2"] {
         let model = model(name);
         let prompt: Vec<u32> = ints(&golden(name), "tokens").1[..4].iter().map(|id| *id as u32).collect();
         let found = generate(&model, &prompt, 8, Sampling::default(), &[], &Device::flex(), |_| true).unwrap();
-        if name != "qwen3_moe_dense" {
+        if !["qwen3_moe_dense", "deepseek_v2"].contains(&name) {
             let expected: Vec<u32> = ints(&golden(name), "greedy").1.iter().map(|id| *id as u32).collect();
             assert_eq!(found, expected, "{name}");
         }
@@ -175,7 +188,7 @@ impl ParamVisitor for Moved<'_> {
 #[test]
 fn lora_trains_through_frozen_experts() {
     let device = Device::flex().autodiff();
-    for name in ["mixtral", "qwen3_moe_dense"] {
+    for name in ["mixtral", "qwen3_moe_dense", "deepseek_v2", "deepseek_v3_plain"] {
         let base = pretrained(&dir(name), &Packing::AsStored, Precision::F32, &device).model;
         let method = LoraConfig { targets: Targets::modules(["q_proj", "gate"]), ..LoraConfig::default() };
         let model = base.attach(&method).unwrap();
@@ -208,6 +221,28 @@ fn a_model_is_written_as_transformers_writes_it() {
 
 fn refused(dir: &Path) -> String {
     Pretrained::load(&ModelSource::Dir(dir.to_owned()), &Device::flex()).map(|_| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn version_4_configs_mean_the_same() {
+    for name in ["deepseek_v2_groups", "deepseek_v3"] {
+        let read = |file: &str| {
+            let path = dir(name).join(file);
+            let json = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            ModelConfig::from_json(&json, &path).unwrap()
+        };
+        assert_eq!(read("config.json"), read("config_v4.json"));
+    }
+}
+
+#[test]
+fn blocks_beyond_those_of_the_model_are_left_out() {
+    // DeepSeek-V3's files end in a block that predicts one token more.
+    let name = "deepseek_v3";
+    let copy = changed(name, &[("num_hidden_layers", 1.into())]);
+    let model = pretrained(copy.path(), &Packing::AsStored, Precision::F32, &Device::flex()).model;
+    assert!(scan(&model).modules.keys().all(|path| !path.starts_with("model.layers.1")));
+    assert!(refused(changed("mixtral", &[("num_hidden_layers", 1.into())]).path()).contains("not part of this model"));
 }
 
 #[test]
@@ -250,6 +285,39 @@ fn configurations_that_do_not_fit_are_refused() {
             "`mlp_only_layers`: expected a list of numbers of blocks, found \"first\"",
         ),
         ("qwen3_moe", "mlp_only_layers", serde_json::json!([1]), "model.layers.1.mlp.gate_proj.weight: missing"),
+        (
+            "deepseek_v3",
+            "n_group",
+            3.into(),
+            "`n_group`: expected a divisor of 8 that leaves at least 2 experts to a group",
+        ),
+        (
+            "deepseek_v3",
+            "n_group",
+            8.into(),
+            "`n_group`: expected a divisor of 8 that leaves at least 2 experts to a group",
+        ),
+        ("deepseek_v3", "topk_group", 5.into(), "`topk_group`: expected at most the 4 groups, found 5"),
+        (
+            "deepseek_v3",
+            "topk_group",
+            1.into(),
+            "`num_experts_per_tok`: expected at most the 2 experts of the chosen groups",
+        ),
+        ("deepseek_v2", "topk_method", "other".into(), "`topk_method` \"other\""),
+        ("deepseek_v2", "qk_rope_head_dim", 5.into(), "`qk_rope_head_dim`: expected an even number"),
+        (
+            "deepseek_v2",
+            "kv_lora_rank",
+            12.into(),
+            "model.layers.0.self_attn.kv_a_layernorm.weight: expected shape [12]",
+        ),
+        (
+            "deepseek_v2",
+            "v_head_dim",
+            serde_json::Value::Null,
+            "`v_head_dim`: expected a positive whole number, found nothing",
+        ),
         (
             "qwen3_moe",
             "decoder_sparse_step",

@@ -1,5 +1,7 @@
 //! What the blocks of a pass share: where each token is and what it sees; and the cache of keys and values.
 
+use std::f64::consts::TAU;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Sight, attention, rope};
 use peft_core::{Prompt, Prompts};
@@ -51,10 +53,13 @@ impl Pass {
         }
         let positions = positions(layout, &prompt, past, seq);
         let angles = rope.map(|(rope, head_dim)| {
-            let frequencies = rope.frequencies(head_dim);
+            let (frequencies, length) = (rope.frequencies(head_dim), rope.length());
             let turns = |position: u32| frequencies.iter().map(move |f| f64::from(position) * f);
             let values = positions.iter().flatten().flat_map(|position| {
-                turns(*position).map(f64::cos).chain(turns(*position).map(f64::sin)).map(|value| value as f32)
+                turns(*position)
+                    .map(f64::cos)
+                    .chain(turns(*position).map(f64::sin))
+                    .map(|value| (length * value) as f32)
             });
             let data = TensorData::new(values.collect::<Vec<f32>>(), [positions.len(), seq, 1, head_dim]);
             Tensor::from_data(data, device)
@@ -101,14 +106,27 @@ impl Pass {
         window: Option<usize>,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
+        let scale = (q.dims()[3] as f64).sqrt().recip();
+        self.attend_scaled(block, q, (k, v), window, scale, cache).flatten(2, 3)
+    }
+
+    /// [`attend`](Self::attend) with a scale of its own, heads apart.
+    pub(crate) fn attend_scaled(
+        &self,
+        block: usize,
+        q: Tensor<4>,
+        (k, v): (Tensor<4>, Tensor<4>),
+        window: Option<usize>,
+        scale: f64,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<4> {
         let new = Seen { keys: k, values: v, prefix: self.prompt.num_past(block) };
         let Seen { keys, values, prefix } = match cache {
             Some(cache) => cache.extend(block, new),
             None => new,
         };
-        let scale = (q.dims()[3] as f64).sqrt().recip();
         let sight = Sight { causal: true, window, prefix };
-        attention(q, keys, values, self.segments.clone(), sight, scale).flatten(2, 3)
+        attention(q, keys, values, self.segments.clone(), sight, scale)
     }
 }
 
@@ -136,25 +154,44 @@ fn positions(layout: Layout<'_>, prompt: &Prompt, past: usize, seq: usize) -> Ve
 impl Rope {
     /// Angle per position of each pair, `head_dim / 2` values.
     fn frequencies(&self, head_dim: usize) -> Vec<f64> {
-        (0..head_dim / 2)
-            .map(|i| {
-                let frequency = self.theta.powf(-2.0 * i as f64 / head_dim as f64);
-                match self.scaling {
-                    RopeScaling::Default => frequency,
-                    RopeScaling::Linear { factor } => frequency / factor,
-                    RopeScaling::Llama3 {
-                        factor,
-                        low_freq_factor,
-                        high_freq_factor,
-                        original_max_position_embeddings,
-                    } => {
-                        let turns = original_max_position_embeddings * frequency / std::f64::consts::TAU;
-                        let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                        kept * frequency + (1.0 - kept) * frequency / factor
-                    }
-                }
-            })
-            .collect()
+        let turn = |i: usize| {
+            let frequency = self.theta.powf(-2.0 * i as f64 / head_dim as f64);
+            frequency * self.scaling.kept(frequency, i, self.theta, head_dim)
+        };
+        (0..head_dim / 2).map(turn).collect()
+    }
+
+    /// What turned pairs are multiplied by.
+    fn length(&self) -> f64 {
+        if let RopeScaling::Yarn { attention_factor, .. } = self.scaling { attention_factor } else { 1.0 }
+    }
+}
+
+impl RopeScaling {
+    /// What is left of the frequency of pair `i`.
+    fn kept(&self, frequency: f64, i: usize, theta: f64, head_dim: usize) -> f64 {
+        // Between all and a part, by how much of the passage lies behind.
+        let between = |kept: f64, factor: f64| kept + (1.0 - kept) / factor;
+        match *self {
+            Self::Default => 1.0,
+            Self::Linear { factor } => factor.recip(),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let turns = original_max_position_embeddings * frequency / TAU;
+                let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                between(kept.clamp(0.0, 1.0), factor)
+            }
+            Self::Yarn { factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, .. } => {
+                // The pair that turns so often in the original context.
+                let pair = |turns: f64| {
+                    head_dim as f64 * (original_max_position_embeddings / (turns * TAU)).ln() / (2.0 * theta.ln())
+                };
+                let (first, last) = (pair(beta_fast), pair(beta_slow));
+                let (first, last) = if truncate { (first.floor(), last.ceil()) } else { (first, last) };
+                let (first, last) = (first.max(0.0), last.min(head_dim as f64 - 1.0));
+                let length = if first == last { 0.001 } else { last - first };
+                between(1.0 - ((i as f64 - first) / length).clamp(0.0, 1.0), factor)
+            }
+        }
     }
 }
 

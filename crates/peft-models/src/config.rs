@@ -2,6 +2,8 @@
 
 mod encoder;
 mod experts;
+mod latent;
+mod rope;
 
 use std::path::Path;
 
@@ -9,10 +11,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use self::encoder::{EncoderConfig, Family, InputConfig};
-pub use self::experts::{ExpertsConfig, SharedExpert};
+pub use self::experts::{ExpertGroups, ExpertsConfig, Scoring, SharedExpert};
+pub use self::latent::LatentConfig;
 use crate::{Error, Result};
 
-/// The shape of a model of the Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2, and with experts Mixtral, Qwen2-MoE, Qwen3-MoE.
+/// The shape of a model of the Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2, and with experts Mixtral, Qwen2-MoE, Qwen3-MoE,
+/// DeepSeek-V2 and V3.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LlamaConfig {
     /// Number of tokens.
@@ -27,7 +31,7 @@ pub struct LlamaConfig {
     pub num_attention_heads: usize,
     /// Key and value heads; each serves an equal group of query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head.
+    /// Width of a head; of latent attention, the wider of its keys and its values.
     pub head_dim: usize,
     /// Added to the mean square in `RMSNorm`.
     pub rms_norm_eps: f64,
@@ -49,6 +53,8 @@ pub struct LlamaConfig {
     pub sliding_window: Vec<Option<usize>>,
     /// The blocks whose MLP is a mixture of experts.
     pub experts: Option<ExpertsConfig>,
+    /// Multi-head latent attention (DeepSeek).
+    pub latent: Option<LatentConfig>,
 }
 
 /// Frequencies of the rotary position embedding. Su et al. 2021, arXiv:2104.09864.
@@ -69,6 +75,21 @@ pub enum RopeScaling {
     Linear {
         /// The factor.
         factor: f64,
+    },
+    /// `YaRN`: low frequencies divided by the factor, high ones kept, a straight passage between; and longer vectors. Peng et al. 2023, arXiv:2309.00071.
+    Yarn {
+        /// The factor.
+        factor: f64,
+        /// Pairs that turn more often than this in the original context are kept.
+        beta_fast: f64,
+        /// Pairs that turn less often than this are divided.
+        beta_slow: f64,
+        /// The context that the model was pretrained on.
+        original_max_position_embeddings: f64,
+        /// What turned pairs are multiplied by.
+        attention_factor: f64,
+        /// Whether the ends of the passage are whole pairs.
+        truncate: bool,
     },
     /// Llama 3.1: low frequencies divided by the factor, high ones kept, a smooth passage between.
     Llama3 {
@@ -142,7 +163,8 @@ impl ModelConfig {
         let fields = Fields { json, path };
         let model_type = fields.text("model_type")?.unwrap_or_default();
         match model_type {
-            "llama" | "mistral" | "qwen2" | "qwen3" | "mixtral" | "qwen2_moe" | "qwen3_moe" => Ok(Self::Llama(fields.llama(model_type)?)),
+            "llama" | "mistral" | "qwen2" | "qwen3" | "mixtral" | "qwen2_moe" | "qwen3_moe" | "deepseek_v2"
+            | "deepseek_v3" => Ok(Self::Llama(fields.llama(model_type)?)),
             "gpt2" => Ok(Self::Gpt2(fields.gpt2()?)),
             encoder if EncoderConfig::knows(encoder) => Err(Error::Unsupported {
                 what: format!("model_type \"{encoder}\" in {} where a model is to continue text", path.display()),
@@ -150,8 +172,8 @@ impl ModelConfig {
             }),
             other => Err(Error::Unsupported {
                 what: format!("model_type \"{other}\" in {}", path.display()),
-                hint: "llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe and gpt2 are; any other Burn model can be \
-                       adapted from Rust"
+                hint: "llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3 and gpt2 are; any \
+                       other Burn model can be adapted from Rust"
                     .to_owned(),
             }),
         }
@@ -179,6 +201,11 @@ impl ModelConfig {
             Self::Llama(c) => c.num_hidden_layers,
             Self::Gpt2(c) => c.n_layer,
         }
+    }
+
+    /// Whether keys and values are made of one narrow vector a token.
+    pub(crate) fn is_latent(&self) -> bool {
+        matches!(self, Self::Llama(LlamaConfig { latent: Some(_), .. }))
     }
 
     /// Whether the output head is the embedding table.
@@ -246,8 +273,12 @@ impl<'a> Fields<'a> {
     fn llama(&self, model_type: &str) -> Result<LlamaConfig> {
         let hidden_size = self.count("hidden_size")?;
         let heads = self.count("num_attention_heads")?;
-        let kv_heads = self.count_or("num_key_value_heads", heads)?;
-        let head_dim = self.count_or("head_dim", hidden_size / heads)?;
+        let latent = self.latent(model_type)?;
+        let kv_heads = if latent.is_some() { heads } else { self.count_or("num_key_value_heads", heads)? };
+        let head_dim = match &latent {
+            Some(latent) => latent.width(),
+            None => self.count_or("head_dim", hidden_size / heads)?,
+        };
         if heads % kv_heads != 0 {
             return Err(self.wrong(
                 "num_key_value_heads",
@@ -255,7 +286,7 @@ impl<'a> Fields<'a> {
                 self.get("num_key_value_heads"),
             ));
         }
-        if head_dim % 2 != 0 || head_dim == 0 {
+        if latent.is_none() && (head_dim % 2 != 0 || head_dim == 0) {
             return Err(self.wrong(
                 "head_dim",
                 "an even number, as the rotary embedding turns pairs",
@@ -288,6 +319,7 @@ impl<'a> Fields<'a> {
             qk_norm: matches!(model_type, "qwen3" | "qwen3_moe"),
             sliding_window: self.sliding_window(model_type, num_hidden_layers)?,
             experts: self.experts(model_type, num_hidden_layers)?,
+            latent,
         })
     }
 
@@ -311,28 +343,6 @@ impl<'a> Fields<'a> {
             (None, _) => layer >= full,
         };
         Ok((0..layers).map(|layer| window.filter(|_| slides(layer))).collect())
-    }
-
-    /// `transformers` 4 has `rope_theta` and `rope_scaling`, 5 has `rope_parameters` with both.
-    fn rope(&self) -> Result<Rope> {
-        let outer = self.number("rope_theta", Some(10_000.0))?;
-        let Some(json) = self.get("rope_parameters").or_else(|| self.get("rope_scaling")) else {
-            return Ok(Rope { theta: outer, scaling: RopeScaling::Default });
-        };
-        let inner = Fields { json, path: self.path };
-        let kind = inner.text("rope_type")?.or(inner.text("type")?).unwrap_or("default");
-        let scaling = match kind {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: inner.number("factor", None)? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: inner.number("factor", None)?,
-                low_freq_factor: inner.number("low_freq_factor", None)?,
-                high_freq_factor: inner.number("high_freq_factor", None)?,
-                original_max_position_embeddings: inner.number("original_max_position_embeddings", None)?,
-            },
-            other => return Err(self.unsupported("rope_type", other)),
-        };
-        Ok(Rope { theta: inner.number("rope_theta", Some(outer))?, scaling })
     }
 
     fn gpt2(&self) -> Result<Gpt2Config> {

@@ -4,17 +4,20 @@
 //! `w` are those of `p`, in some families divided by their sum. A shared expert takes all tokens, times a gate of its own: `y += σ(x·vᵀ)·shared(x)`.
 //! Jiang et al. 2024, arXiv:2401.04088 (Mixtral); Dai et al. 2024, arXiv:2401.06066, section 3 (shared experts).
 //!
+//! DeepSeek-V2 has experts in groups: a token chooses the best groups first, by their best expert. In V3 `p = σ(x·Wᵀ)`, experts are chosen by `p` and a correction of
+//! each, groups by their best two, and weights are `p` alone. DeepSeek-AI 2024, arXiv:2405.04434, section 2.2.2, and arXiv:2412.19437, section 2.1.2.
+//!
 //! The experts are chosen on the host, by one small transfer a block, and only those that have tokens cost anything. Their weights are the fused tensors of
 //! `transformers` 5, by its names, whatever a file holds: [`crate::stacked`]. They are never packed.
 
-use burn::module::{Module, Param};
+use burn::module::{Initializer, Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::kernels::{Groups, Nonlinearity, gated, grouped_linear};
 use peft_core::{Auxiliary, Named, linear, say_auxiliary};
 
-use crate::config::ExpertsConfig;
+use crate::config::{ExpertGroups, ExpertsConfig, LlamaConfig, Scoring, SharedExpert};
 use crate::feed_forward::{INITIALIZER, LlamaMlp, proj};
 
 /// Experts and their router.
@@ -25,8 +28,18 @@ pub(crate) struct SparseMlp {
     experts: Experts,
     shared: Option<Named<LlamaMlp>>,
     shared_expert_gate: Option<Linear>,
+    /// Beside the router's weight in files.
+    correction: Option<Named<Correction>>,
     #[module(skip)]
-    rule: Rule,
+    layer: usize,
+    #[module(skip)]
+    config: ExpertsConfig,
+}
+
+/// What is added to scores where experts are chosen, `[experts]`. It is never trained by gradients.
+#[derive(Module, Debug)]
+struct Correction {
+    e_score_correction_bias: Param<Tensor<1>>,
 }
 
 /// Weights of all experts, as files have them.
@@ -38,15 +51,6 @@ struct Experts {
     down_proj: Param<Tensor<3>>,
 }
 
-/// How experts are chosen.
-#[derive(Clone, Debug)]
-struct Rule {
-    layer: usize,
-    num_experts: usize,
-    num_experts_per_tok: usize,
-    norm_topk_prob: bool,
-}
-
 /// What the router of a block did.
 #[derive(Clone, Debug)]
 pub struct Routed {
@@ -56,23 +60,30 @@ pub struct Routed {
     pub logits: Tensor<2>,
     /// The experts of each token, one after the other: `[tokens · num_experts_per_tok]`.
     pub chosen: Vec<usize>,
+    /// `p`
+    scores: Tensor<2>,
 }
 
 impl SparseMlp {
-    pub(crate) fn new(config: &ExpertsConfig, hidden: usize, layer: usize, device: &Device) -> Self {
-        let ExpertsConfig { num_experts, num_experts_per_tok, intermediate_size: inner, norm_topk_prob, .. } = *config;
-        let shared = |shared: crate::config::SharedExpert| {
-            Named::new("shared_expert", LlamaMlp::new(hidden, shared.intermediate_size, false, device))
+    pub(crate) fn new(config: &LlamaConfig, experts: &ExpertsConfig, layer: usize, device: &Device) -> Self {
+        let (hidden, inner, count) = (config.hidden_size, experts.intermediate_size, experts.num_experts);
+        let shared = |shared: SharedExpert| {
+            let name = if shared.gated { "shared_expert" } else { "shared_experts" };
+            Named::new(name, LlamaMlp::new(hidden, shared.intermediate_size, config.mlp_bias, device))
         };
+        let gated = experts.shared.is_some_and(|shared| shared.gated);
+        let correction = || Correction { e_score_correction_bias: Initializer::Zeros.init([count], device) };
         Self {
-            gate: proj(hidden, num_experts, false, device),
+            gate: proj(hidden, count, false, device),
             experts: Experts {
-                gate_up_proj: INITIALIZER.init([num_experts, 2 * inner, hidden], device),
-                down_proj: INITIALIZER.init([num_experts, hidden, inner], device),
+                gate_up_proj: INITIALIZER.init([count, 2 * inner, hidden], device),
+                down_proj: INITIALIZER.init([count, hidden, inner], device),
             },
-            shared: config.shared.map(shared),
-            shared_expert_gate: config.shared.map(|_| proj(hidden, 1, false, device)),
-            rule: Rule { layer, num_experts, num_experts_per_tok, norm_topk_prob },
+            shared: experts.shared.map(shared),
+            shared_expert_gate: gated.then(|| proj(hidden, 1, false, device)),
+            correction: (experts.scoring == Scoring::Sigmoid).then(|| Named::new("gate", correction())),
+            layer,
+            config: experts.clone(),
         }
     }
 
@@ -80,15 +91,41 @@ impl SparseMlp {
     pub(crate) fn forward(&self, x: Tensor<3>) -> (Tensor<3>, Routed) {
         let dims = x.dims();
         let x = x.flatten::<2>(0, 1); // [tokens, hidden]
-        let logits = linear(&self.gate, x.clone());
-        let (chosen, weights) = self.rule.choose(&logits);
-        let mut y = self.experts.forward(x.clone(), &chosen, weights);
+        let (routed, weights) = self.route(x.clone());
+        let mut y = self.experts.forward(x.clone(), &routed.chosen, weights);
         if let Some(shared) = &self.shared {
             let open = self.shared_expert_gate.as_ref().map(|gate| sigmoid(linear(gate, x.clone()))); // [tokens, 1]
             let shared = shared.forward(x);
             y = y + open.map_or(shared.clone(), |open| shared * open);
         }
-        (y.reshape(dims), Routed { layer: self.rule.layer, logits, chosen })
+        (y.reshape(dims), routed)
+    }
+
+    /// The experts of each token of `x` `[tokens, hidden]`, and their weights `[tokens, per token]`.
+    fn route(&self, x: Tensor<2>) -> (Routed, Tensor<2>) {
+        let ExpertsConfig { num_experts, num_experts_per_tok, scoring, groups, .. } = self.config;
+        let logits = linear(&self.gate, x);
+        let scores = match scoring {
+            Scoring::Softmax => softmax(logits.clone(), 1),
+            Scoring::Sigmoid => sigmoid(logits.clone()),
+        };
+        let corrected = match &self.correction {
+            Some(correction) => scores.clone() + correction.e_score_correction_bias.val().unsqueeze(),
+            None => scores.clone(),
+        };
+        let host: Vec<f32> = corrected.into_data().iter::<f32>().collect();
+        let of_token = |scores| choose(scores, num_experts_per_tok, groups);
+        let chosen: Vec<usize> = host.chunks(num_experts).flat_map(of_token).collect();
+        let indices: Vec<i64> = chosen.iter().map(|expert| *expert as i64).collect();
+        let shape = [logits.dims()[0], num_experts_per_tok];
+        let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, shape), &logits.device());
+        let mut weights = scores.clone().gather(1, indices);
+        if self.config.norm_topk_prob {
+            // All scores of a sigmoid may be tiny.
+            weights = weights.clone() / (weights.sum_dim(1) + 1e-20);
+        }
+        let weights = weights * self.config.routed_scaling_factor;
+        (Routed { layer: self.layer, logits, chosen, scores }, weights)
     }
 }
 
@@ -107,29 +144,25 @@ impl Experts {
     }
 }
 
-impl Rule {
-    /// The experts of each token by the logits `[tokens, experts]`, and their weights `[tokens, per token]`.
-    fn choose(&self, logits: &Tensor<2>) -> (Vec<usize>, Tensor<2>) {
-        let scores = softmax(logits.clone(), 1);
-        let host: Vec<f32> = scores.clone().into_data().iter::<f32>().collect();
-        let chosen: Vec<usize> =
-            host.chunks(self.num_experts).flat_map(|scores| best(scores, self.num_experts_per_tok)).collect();
-        let indices: Vec<i64> = chosen.iter().map(|expert| *expert as i64).collect();
-        let shape = [logits.dims()[0], self.num_experts_per_tok];
-        let indices = Tensor::<2, Int>::from_data(TensorData::new(indices, shape), &logits.device());
-        let weights = scores.gather(1, indices);
-        (chosen, if self.norm_topk_prob { weights.clone() / weights.sum_dim(1) } else { weights })
-    }
+/// The `count` experts of a token, in the order of all; of groups only those in the best.
+fn choose(scores: &[f32], count: usize, groups: Option<ExpertGroups>) -> Vec<usize> {
+    let Some(ExpertGroups { n_group, topk_group, best }) = groups else { return self::best(scores, count) };
+    let size = scores.len() / n_group;
+    let score = |group: &[f32]| self::best(group, best).into_iter().map(|expert| group[expert]).sum();
+    let of_groups: Vec<f32> = scores.chunks(size).map(score).collect();
+    let groups = self::best(&of_groups, topk_group);
+    let experts: Vec<usize> = groups.into_iter().flat_map(|group| group * size..(group + 1) * size).collect();
+    let left: Vec<f32> = experts.iter().map(|expert| scores[*expert]).collect();
+    self::best(&left, count).into_iter().map(|at| experts[at]).collect()
 }
 
-/// The `count` places with the largest scores; of equal ones the first.
+/// The `count` places with the largest scores, of equal ones the first. In their own order, so that no sum depends on how they were found.
 fn best(scores: &[f32], count: usize) -> Vec<usize> {
     let mut places: Vec<usize> = (0..scores.len()).collect();
     if count < places.len() {
         places.select_nth_unstable_by(count, |a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
         places.truncate(count);
     }
-    // In the order of the experts, so that sums do not depend on how they were found.
     places.sort_unstable();
     places
 }
@@ -149,7 +182,8 @@ impl Routed {
 
     /// Mean entropy of the probabilities, `[1]`.
     fn entropy(&self) -> Tensor<1> {
-        let p = softmax(self.logits.clone().detach(), 1);
+        let scores = self.scores.clone().detach();
+        let p = scores.clone() / scores.sum_dim(1);
         -(p.clone() * p.clamp_min(1e-9).log()).sum_dim(1).mean()
     }
 }

@@ -37,9 +37,7 @@ impl FeedForward {
     /// That of block `layer`.
     pub(crate) fn new(config: &LlamaConfig, layer: usize, device: &Device) -> Self {
         match &config.experts {
-            Some(experts) if experts.sparse[layer] => {
-                Self::Sparse(SparseMlp::new(experts, config.hidden_size, layer, device))
-            }
+            Some(experts) if experts.sparse[layer] => Self::Sparse(SparseMlp::new(config, experts, layer, device)),
             _ => Self::Dense(LlamaMlp::new(config.hidden_size, config.intermediate_size, config.mlp_bias, device)),
         }
     }

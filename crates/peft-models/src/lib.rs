@@ -17,6 +17,7 @@ pub mod gguf;
 mod gpt2;
 pub mod heads;
 pub mod image;
+mod latent;
 mod llama;
 pub mod load;
 mod pretrained;

@@ -1,4 +1,4 @@
-//! The Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2; with experts Mixtral, Qwen2-MoE, Qwen3-MoE.
+//! The Llama family: Llama, Mistral, Qwen2, Qwen2.5, Qwen3, SmolLM2; with experts Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and V3.
 //!
 //! One block: `x += o(attention(rope(q), rope(k), v))` of `RMSNorm(x)`, then `x += feed_forward(RMSNorm(x))`, dense or a mixture of experts.
 //! Touvron et al. 2023, arXiv:2302.13971; fields carry the names of `transformers`, so paths are file keys.
@@ -16,6 +16,7 @@ use crate::attention::{KvCache, Layout, Pass, enter, split_heads};
 use crate::config::LlamaConfig;
 use crate::experts::{Routed, say};
 use crate::feed_forward::{FeedForward, INITIALIZER, proj};
+use crate::latent::LatentAttention;
 
 /// A causal language model of the Llama family.
 #[derive(Module, Debug)]
@@ -39,12 +40,19 @@ struct LlamaModel {
 
 #[derive(Module, Debug)]
 struct LlamaLayer {
-    self_attn: LlamaAttention,
+    self_attn: Attention,
     mlp: FeedForward,
     input_layernorm: RmsNorm,
     post_attention_layernorm: RmsNorm,
     attention_adapters: SubLayer,
     output_adapters: SubLayer,
+}
+
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a block; a box would not be a Burn module")]
+enum Attention {
+    Heads(LlamaAttention),
+    Latent(LatentAttention),
 }
 
 #[derive(Module, Debug)]
@@ -75,16 +83,10 @@ impl LlamaConfig {
         let proj = |d_in, d_out, bias| proj(d_in, d_out, bias, device);
         let norm = |width| RmsNormConfig::new(width).with_epsilon(self.rms_norm_eps).init(device);
         let hidden = self.hidden_size;
-        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
         let layer = |layer| LlamaLayer {
-            self_attn: LlamaAttention {
-                q_proj: proj(hidden, q, self.qkv_bias),
-                k_proj: proj(hidden, kv, self.qkv_bias),
-                v_proj: proj(hidden, kv, self.qkv_bias),
-                o_proj: proj(q, hidden, self.o_bias),
-                q_norm: self.qk_norm.then(|| norm(self.head_dim)),
-                k_norm: self.qk_norm.then(|| norm(self.head_dim)),
-                attended: Attended::new(hidden, device),
+            self_attn: match &self.latent {
+                Some(latent) => Attention::Latent(LatentAttention::new(self, latent, device)),
+                None => Attention::Heads(LlamaAttention::new(self, device)),
             },
             mlp: FeedForward::new(self, layer, device),
             input_layernorm: norm(hidden),
@@ -130,7 +132,8 @@ impl Llama {
         let (config, model, device) = (&self.config, &self.model, ids.device());
         let x = model.invertible_adapters.enter(self.embed(ids.clone()));
         let (mut x, prompt) = enter(&model.prompts, x, &ids, cache.as_deref());
-        let rope = Some((&config.rope, config.head_dim));
+        let rotated = config.latent.as_ref().map_or(config.head_dim, |latent| latent.qk_rope_head_dim);
+        let rope = Some((&config.rope, rotated));
         let pass = Pass::new(layout, prompt.clone(), cache.as_deref_mut(), x.dims()[1], rope, &device);
         let mut routed = Vec::new();
         for (at, layer) in model.layers.iter().enumerate() {
@@ -187,7 +190,39 @@ impl Llama {
     }
 }
 
+impl Attention {
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        config: &LlamaConfig,
+        pass: &Pass,
+        layer: usize,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        match self {
+            Self::Heads(attention) => attention.forward(x, config, pass, layer, cache),
+            Self::Latent(attention) => attention.forward(x, pass, layer, cache),
+        }
+    }
+}
+
 impl LlamaAttention {
+    fn new(config: &LlamaConfig, device: &Device) -> Self {
+        let (hidden, width) = (config.hidden_size, config.head_dim);
+        let (q, kv) = (config.num_attention_heads * width, config.num_key_value_heads * width);
+        let proj = |d_in, d_out, bias| proj(d_in, d_out, bias, device);
+        let norm = || config.qk_norm.then(|| RmsNormConfig::new(width).with_epsilon(config.rms_norm_eps).init(device));
+        Self {
+            q_proj: proj(hidden, q, config.qkv_bias),
+            k_proj: proj(hidden, kv, config.qkv_bias),
+            v_proj: proj(hidden, kv, config.qkv_bias),
+            o_proj: proj(q, hidden, config.o_bias),
+            q_norm: norm(),
+            k_norm: norm(),
+            attended: Attended::new(hidden, device),
+        }
+    }
+
     fn forward(
         &self,
         x: Tensor<3>,

@@ -193,10 +193,16 @@ impl Pretrained {
         let config = files.model_config()?;
         let tied = config.is_tied();
         // Buffers that `transformers` computes itself, and the second name of a tied head.
+        // Of DeepSeek-V3's files also the blocks that predict tokens further ahead, behind those of the model.
+        let beyond = |name: &str| {
+            let block =
+                name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            config.is_latent() && block.is_some_and(|block| block >= config.num_layers())
+        };
         let ignored = |name: &str| {
             let buffer =
                 [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
-            buffer || (tied && name == "lm_head.weight")
+            buffer || beyond(name) || (tied && name == "lm_head.weight")
         };
         let weights = Stacked::new(files.origin.weights())?;
         let model = load_weights(CausalLm::new(&config, device), &weights, packing, precision, ignored)?;

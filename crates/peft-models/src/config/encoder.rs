@@ -261,7 +261,8 @@ impl Fields<'_> {
         }
     }
 
-    fn index_or(&self, name: &str, default: usize) -> Result<usize> {
+    /// A whole number that may be zero.
+    pub(super) fn index_or(&self, name: &str, default: usize) -> Result<usize> {
         if self.get(name).and_then(Value::as_u64) == Some(0) { Ok(0) } else { self.count_or(name, default) }
     }
 
