@@ -245,89 +245,50 @@ fn blocks_beyond_those_of_the_model_are_left_out() {
     assert!(refused(changed("mixtral", &[("num_hidden_layers", 1.into())]).path()).contains("not part of this model"));
 }
 
+/// Each golden model with one field changed is refused by a message with these words.
+fn all_refused(cases: &[(&str, &str, serde_json::Value, &str)]) {
+    for (name, field, value, expected) in cases {
+        let message = refused(changed(name, &[(field, value.clone())]).path());
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
 #[test]
 fn configurations_that_do_not_fit_are_refused() {
-    for (name, field, value, expected) in [
+    let down = "mlp.experts.down_proj: expected shape [5, 32, 24], found [4, 32, 24]";
+    let gate_up = "mlp.experts.gate_up_proj: expected shape [4, 50, 32], found [4, 48, 32]";
+    let (nothing, positive) = (serde_json::Value::Null, "expected a positive whole number, found");
+    all_refused(&[
         (
             "mixtral",
             "num_experts_per_tok",
             5.into(),
-            "`num_experts_per_tok`: expected at most the 4 experts of a block, found 5",
+            "`num_experts_per_tok`: expected at most the 4 experts of a block",
         ),
-        (
-            "mixtral",
-            "num_local_experts",
-            5.into(),
-            "mlp.experts.down_proj: expected shape [5, 32, 24], found [4, 32, 24]",
-        ),
-        (
-            "mixtral_fused",
-            "intermediate_size",
-            25.into(),
-            "mlp.experts.gate_up_proj: expected shape [4, 50, 32], found [4, 48, 32]",
-        ),
-        (
-            "qwen2_moe",
-            "num_experts",
-            serde_json::Value::Null,
-            "`num_experts`: expected a positive whole number, found nothing",
-        ),
-        (
-            "qwen2_moe",
-            "moe_intermediate_size",
-            0.into(),
-            "`moe_intermediate_size`: expected a positive whole number, found 0",
-        ),
-        (
-            "qwen3_moe",
-            "mlp_only_layers",
-            "first".into(),
-            "`mlp_only_layers`: expected a list of numbers of blocks, found \"first\"",
-        ),
+        ("mixtral", "num_local_experts", 5.into(), down),
+        ("mixtral_fused", "intermediate_size", 25.into(), gate_up),
+        ("qwen2_moe", "num_experts", nothing, &format!("`num_experts`: {positive} nothing")),
+        ("qwen2_moe", "moe_intermediate_size", 0.into(), &format!("`moe_intermediate_size`: {positive} 0")),
+        ("qwen3_moe", "decoder_sparse_step", 0.into(), &format!("`decoder_sparse_step`: {positive} 0")),
+        ("qwen3_moe", "mlp_only_layers", "first".into(), "`mlp_only_layers`: expected a list of numbers of blocks"),
         ("qwen3_moe", "mlp_only_layers", serde_json::json!([1]), "model.layers.1.mlp.gate_proj.weight: missing"),
-        (
-            "deepseek_v3",
-            "n_group",
-            3.into(),
-            "`n_group`: expected a divisor of 8 that leaves at least 2 experts to a group",
-        ),
-        (
-            "deepseek_v3",
-            "n_group",
-            8.into(),
-            "`n_group`: expected a divisor of 8 that leaves at least 2 experts to a group",
-        ),
+    ]);
+}
+
+#[test]
+fn configurations_of_deepseek_that_do_not_fit_are_refused() {
+    let divisor = "`n_group`: expected a divisor of 8 that leaves at least 2 experts to a group";
+    let chosen = "`num_experts_per_tok`: expected at most the 2 experts of the chosen groups";
+    all_refused(&[
+        ("deepseek_v3", "n_group", 3.into(), divisor),
+        ("deepseek_v3", "n_group", 8.into(), divisor),
         ("deepseek_v3", "topk_group", 5.into(), "`topk_group`: expected at most the 4 groups, found 5"),
-        (
-            "deepseek_v3",
-            "topk_group",
-            1.into(),
-            "`num_experts_per_tok`: expected at most the 2 experts of the chosen groups",
-        ),
+        ("deepseek_v3", "topk_group", 1.into(), chosen),
         ("deepseek_v2", "topk_method", "other".into(), "`topk_method` \"other\""),
         ("deepseek_v2", "qk_rope_head_dim", 5.into(), "`qk_rope_head_dim`: expected an even number"),
-        (
-            "deepseek_v2",
-            "kv_lora_rank",
-            12.into(),
-            "model.layers.0.self_attn.kv_a_layernorm.weight: expected shape [12]",
-        ),
-        (
-            "deepseek_v2",
-            "v_head_dim",
-            serde_json::Value::Null,
-            "`v_head_dim`: expected a positive whole number, found nothing",
-        ),
-        (
-            "qwen3_moe",
-            "decoder_sparse_step",
-            0.into(),
-            "`decoder_sparse_step`: expected a positive whole number, found 0",
-        ),
-    ] {
-        let message = refused(changed(name, &[(field, value)]).path());
-        assert!(message.contains(expected), "{message}");
-    }
+        ("deepseek_v2", "kv_lora_rank", 12.into(), "self_attn.kv_a_layernorm.weight: expected shape [12]"),
+        ("deepseek_v2", "v_head_dim", serde_json::Value::Null, "`v_head_dim`: expected a positive whole number"),
+    ]);
 }
 
 #[test]
