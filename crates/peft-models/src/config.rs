@@ -53,7 +53,7 @@ pub struct LlamaConfig {
     pub sliding_window: Vec<Option<usize>>,
     /// The blocks whose MLP is a mixture of experts.
     pub experts: Option<ExpertsConfig>,
-    /// Multi-head latent attention (DeepSeek).
+    /// Multi-head latent attention (`DeepSeek`).
     pub latent: Option<LatentConfig>,
 }
 
@@ -125,6 +125,7 @@ pub struct Gpt2Config {
 
 /// The shape of a model that this crate can build.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "there is one a model; a box would be in every reader's way")]
 pub enum ModelConfig {
     /// The Llama family.
     Llama(LlamaConfig),
@@ -134,6 +135,7 @@ pub enum ModelConfig {
 
 /// The shape of any model that this crate can build.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "there is one a model; a box would be in every reader's way")]
 pub enum Architecture {
     /// A model that continues text.
     Decoder(ModelConfig),

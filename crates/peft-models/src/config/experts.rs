@@ -131,7 +131,7 @@ impl Fields<'_> {
             _ => return Ok(None),
         };
         let (n_group, topk_group) = (self.count("n_group")?, self.count("topk_group")?);
-        if experts % n_group != 0 || experts / n_group < best {
+        if !experts.is_multiple_of(n_group) || experts / n_group < best {
             let expected = format!("a divisor of {experts} that leaves at least {best} experts to a group");
             return Err(self.wrong("n_group", &expected, self.get("n_group")));
         }
