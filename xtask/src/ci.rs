@@ -42,7 +42,7 @@ const STEPS: &[Step] = &[
 const BUILD: [(&str, &str); 1] = [("CARGO_INCREMENTAL", "0")];
 
 /// How long conformance may take on one backend.
-const BACKEND_LIMIT: Duration = Duration::from_mins(15);
+const BACKEND_LIMIT: Duration = Duration::from_mins(30);
 
 /// How long one example may take.
 const EXAMPLE_LIMIT: Duration = Duration::from_mins(10);
