@@ -148,7 +148,8 @@ fn an_adapter_of_another_kind_or_model_is_refused() {
 
     let dir = adapter();
     edit_config(dir.path(), |json| json["target_modules"] = serde_json::json!(["q_proj", "self_attn"]));
-    assert!(refused(dir.path()).contains("self_attn is a LlamaAttention"));
+    let error = refused(dir.path());
+    assert!(error.contains("self_attn is a "), "{error}");
 
     let dir = adapter();
     edit_config(dir.path(), |json| json["target_modules"] = "(".into());
