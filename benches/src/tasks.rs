@@ -104,7 +104,7 @@ const PROMPTS: [(&str, &[&str]); 8] = [
 /// What a run reached.
 struct Reached {
     measure: f64,
-    /// Before training, on what was held out.
+    /// Before training, on what is evaluated on: with a head or a prompt as it starts.
     before: f64,
     trained: f64,
     seconds: f64,
@@ -117,23 +117,23 @@ impl Tasks {
         if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
             return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
         }
-        println!("| method | {} | trained parameters | time | peak memory |", self.measure);
-        println!("|---|---|---|---|---|");
-        let mut untuned = false;
+        println!("| method | {} | before training | trained parameters | time | peak memory |", self.measure);
+        println!("|---|---|---|---|---|---|");
         let usual = METHODS.iter().filter(|_| self.methods.is_empty());
         let asked = METHODS.iter().chain(&PROMPTS).filter(|(name, _)| self.methods.iter().any(|method| method == name));
         for (name, flags) in usual.chain(asked) {
             let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
-            let (mean, deviation) = spread(&runs, |run| run.before);
-            // A head that is not trained says nothing, so this is for language models.
-            if self.data.is_file() && !std::mem::replace(&mut untuned, true) {
-                println!("| untuned | {mean:.4} ± {deviation:.4} | 0 | | |");
-            }
             let (mean, deviation) = spread(&runs, |run| run.measure);
-            let [trained, seconds, mib] =
-                [|run: &Reached| run.trained, |run: &Reached| run.seconds, |run: &Reached| run.mib]
-                    .map(|of| spread(&runs, of).0);
-            println!("| {name} | {mean:.4} ± {deviation:.4} | {trained:.0} | {seconds:.0} s | {mib:.0} MiB |");
+            let [before, trained, seconds, mib] = [
+                |run: &Reached| run.before,
+                |run: &Reached| run.trained,
+                |run: &Reached| run.seconds,
+                |run: &Reached| run.mib,
+            ]
+            .map(|of| spread(&runs, of).0);
+            println!(
+                "| {name} | {mean:.4} ± {deviation:.4} | {before:.4} | {trained:.0} | {seconds:.0} s | {mib:.0} MiB |"
+            );
         }
         Ok(())
     }
