@@ -14,6 +14,7 @@ mod curves;
 mod operations;
 mod picture;
 mod plain;
+mod random;
 mod side;
 mod sweep;
 mod tasks;
@@ -58,9 +59,6 @@ enum What {
     Side {
         #[arg(long, value_enum)]
         side: Side,
-        /// Where the weights are
-        #[arg(long)]
-        model: PathBuf,
         #[command(flatten)]
         setup: Setup,
     },
@@ -76,9 +74,12 @@ struct Comparison {
     /// A Python with torch, transformers, peft and bitsandbytes
     #[arg(long)]
     python: Option<PathBuf>,
+    /// Only these sides
+    #[arg(long, value_name = "SIDE", value_delimiter = ',')]
+    sides: Vec<String>,
 }
 
-/// A Llama with hidden 576, 9/3 heads and MLP 1536, tied: SmolLM2-135M, but for depth and vocabulary.
+/// A Llama with tied embeddings: SmolLM2-135M, but for depth and vocabulary.
 #[derive(Args, Clone)]
 struct Setup {
     /// Steps, or tokens, that are timed
@@ -90,12 +91,27 @@ struct Setup {
     /// Vocabulary: 49152 is SmolLM2-135M
     #[arg(long, default_value_t = 8192)]
     vocab: usize,
+    /// Width
+    #[arg(long, default_value_t = 576)]
+    hidden: usize,
+    /// Heads of queries
+    #[arg(long, default_value_t = 9)]
+    heads: usize,
+    /// Heads of keys and values
+    #[arg(long, default_value_t = 3)]
+    kv_heads: usize,
+    /// Width of the feed-forward part
+    #[arg(long, default_value_t = 1536)]
+    intermediate: usize,
     /// Rows of a batch
     #[arg(long, default_value_t = 4)]
     batch: usize,
     /// Tokens of a row
     #[arg(long, default_value_t = 128)]
     seq: usize,
+    /// Batches of a step
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
     /// Rank of the adapter on all seven projections
     #[arg(long, default_value_t = 8)]
     rank: usize,
@@ -118,6 +134,10 @@ enum Backend {
 }
 
 impl Backend {
+    fn is_cuda(self) -> bool {
+        value_name(self) == "cuda"
+    }
+
     fn device(self) -> Device {
         match self {
             Self::Flex => Device::flex(),
@@ -133,13 +153,19 @@ impl Backend {
 
 impl Setup {
     fn flags(&self) -> Vec<String> {
-        let Self { steps, layers, vocab, batch, seq, rank, threads, .. } = self;
+        let Self { steps, layers, vocab, hidden, heads, kv_heads, intermediate, .. } = self;
+        let Self { batch, seq, accumulate, rank, threads, .. } = self;
         let flags = [
             ("steps", steps),
             ("layers", layers),
             ("vocab", vocab),
+            ("hidden", hidden),
+            ("heads", heads),
+            ("kv-heads", kv_heads),
+            ("intermediate", intermediate),
             ("batch", batch),
             ("seq", seq),
+            ("accumulate", accumulate),
             ("rank", rank),
             ("threads", threads),
         ];
@@ -182,8 +208,8 @@ fn main() -> Outcome<()> {
         What::Operations(operations) => operations.run(),
         What::Curves(curves) => curves.run(),
         What::Tasks(tasks) => tasks.run(),
-        What::Side { side, model, setup } => {
-            println!("{}", side.measure(&setup, &model)?);
+        What::Side { side, setup } => {
+            println!("{}", side.measure(&setup)?);
             Ok(())
         }
     }
@@ -191,25 +217,29 @@ fn main() -> Outcome<()> {
 
 /// Runs all sides in turns and prints medians and their ratios to the first.
 fn compare(comparison: &Comparison, ours: &[Side], theirs: &[(&'static str, &[&str])]) -> Outcome<()> {
-    let Comparison { setup, rounds, python } = comparison;
-    let model = tempfile::tempdir()?;
-    side::write_model(setup, model.path())?;
+    let Comparison { setup, rounds, python, sides: wanted } = comparison;
     let mut sides: Vec<Named<'_>> = ours.iter().map(|side| (side.name(), Runner::Ours(*side))).collect();
     if let Some(python) = python {
         sides.extend(theirs.iter().map(|(name, flags)| (*name, Runner::Python { python, flags })));
     }
+    sides.retain(|(name, _)| wanted.is_empty() || wanted.iter().any(|side| side == name));
     let mut results: Vec<Vec<Value>> = vec![Vec::new(); sides.len()];
     for round in 1..=*rounds {
         for ((name, runner), results) in sides.iter().zip(&mut results) {
-            let result = runner.run(setup, model.path())?;
-            eprintln!("round {round}, {name}: {result}");
-            results.push(result);
+            // One that does not fit into memory must not cost the others.
+            match runner.run(setup) {
+                Ok(result) => {
+                    eprintln!("round {round}, {name}: {result}");
+                    results.push(result);
+                }
+                Err(error) => eprintln!("round {round}, {name}: {error}"),
+            }
         }
     }
     println!("{:24} {:>9} {:>7} {:>15} {:>7}", "side", "s", "ratio", "MiB above start", "ratio");
     let mut first = None;
     for ((name, _), results) in sides.iter().zip(&results) {
-        let (t, m) = (median(results, "median_s"), median(results, "rss_growth_mb"));
+        let (t, m) = (median(results, "median_s"), median(results, "memory_mib"));
         let (time, memory) = *first.get_or_insert((t, m));
         println!("{name:24} {t:9.4} {:7.2} {m:15.0} {:7.2}", t / time, m / memory);
     }
@@ -223,18 +253,19 @@ fn median(results: &[Value], key: &str) -> f64 {
 }
 
 impl Runner<'_> {
-    /// Measures in a process of its own: `median_s` and `rss_growth_mb`.
-    fn run(self, setup: &Setup, model: &Path) -> Outcome<Value> {
+    /// Measures in a process of its own: `median_s` and `memory_mib`.
+    fn run(self, setup: &Setup) -> Outcome<Value> {
         let mut command = match self {
             Self::Ours(side) => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command.args(["side", "--side", side.name(), "--backend"]).arg(value_name(setup.backend));
-                command.arg("--model").arg(model).env("RAYON_NUM_THREADS", setup.threads.to_string());
+                command.env("RAYON_NUM_THREADS", setup.threads.to_string());
                 command
             }
             Self::Python { python, flags } => {
                 let mut command = Command::new(python);
                 command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/bench_step.py")).args(flags);
+                command.args(["--device", if setup.backend.is_cuda() { "cuda" } else { "cpu" }]);
                 command
             }
         };

@@ -6,9 +6,6 @@ use burn::tensor::activation::{log_softmax, silu, softmax};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
 use crate::Setup;
-use crate::side::{HEADS, HIDDEN, INTERMEDIATE, KV_HEADS};
-
-const HEAD_DIM: usize = HIDDEN / HEADS;
 
 #[derive(Module, Debug)]
 pub(crate) struct PlainLlama {
@@ -19,6 +16,8 @@ pub(crate) struct PlainLlama {
 
 #[derive(Module, Debug)]
 struct Layer {
+    heads: usize,
+    kv_heads: usize,
     q_proj: Projection,
     k_proj: Projection,
     v_proj: Projection,
@@ -63,21 +62,25 @@ impl Projection {
 impl PlainLlama {
     /// Everything is frozen but the factors.
     pub(crate) fn new(setup: &Setup, rank: Option<usize>, device: &Device) -> Self {
-        let norm = || RmsNormConfig::new(HIDDEN).init(device).no_grad();
+        let Setup { vocab, hidden, heads, kv_heads, intermediate, .. } = *setup;
+        let keys = kv_heads * (hidden / heads);
+        let norm = || RmsNormConfig::new(hidden).init(device).no_grad();
         let projection = |d_in, d_out| Projection::new(d_in, d_out, rank, device);
         let layer = |_| Layer {
-            q_proj: projection(HIDDEN, HIDDEN),
-            k_proj: projection(HIDDEN, KV_HEADS * HEAD_DIM),
-            v_proj: projection(HIDDEN, KV_HEADS * HEAD_DIM),
-            o_proj: projection(HIDDEN, HIDDEN),
-            gate_proj: projection(HIDDEN, INTERMEDIATE),
-            up_proj: projection(HIDDEN, INTERMEDIATE),
-            down_proj: projection(INTERMEDIATE, HIDDEN),
+            heads,
+            kv_heads,
+            q_proj: projection(hidden, hidden),
+            k_proj: projection(hidden, keys),
+            v_proj: projection(hidden, keys),
+            o_proj: projection(hidden, hidden),
+            gate_proj: projection(hidden, intermediate),
+            up_proj: projection(hidden, intermediate),
+            down_proj: projection(intermediate, hidden),
             input_layernorm: norm(),
             post_attention_layernorm: norm(),
         };
         Self {
-            embed_tokens: EmbeddingConfig::new(setup.vocab, HIDDEN).init(device).no_grad(),
+            embed_tokens: EmbeddingConfig::new(vocab, hidden).init(device).no_grad(),
             layers: (0..setup.layers).map(layer).collect(),
             norm: norm(),
         }
@@ -85,13 +88,15 @@ impl PlainLlama {
 
     pub(crate) fn loss(&self, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> Tensor<1> {
         let [batch, seq] = ids.dims();
-        let table = Rotation::new(seq, &ids.device());
+        let device = ids.device();
         let mut x = self.embed_tokens.forward(ids);
+        let width = x.dims()[2];
+        let table = Rotation::new(seq, width / self.layers[0].heads, &device);
         for layer in &self.layers {
             x = x.clone() + layer.attend(layer.input_layernorm.forward(x), &table);
             x = x.clone() + layer.feed_forward(layer.post_attention_layernorm.forward(x));
         }
-        let hidden = self.norm.forward(x).reshape([batch * seq, HIDDEN]);
+        let hidden = self.norm.forward(x).reshape([batch * seq, width]);
         let logits = hidden.matmul(self.embed_tokens.weight.val().transpose());
         -log_softmax(logits, 1).gather(1, targets.reshape([batch * seq, 1])).mean()
     }
@@ -99,19 +104,20 @@ impl PlainLlama {
 
 impl Layer {
     fn attend(&self, x: Tensor<3>, table: &Rotation) -> Tensor<3> {
-        let [batch, seq, _] = x.dims();
-        let heads = |x: Tensor<3>, heads: usize| x.reshape([batch, seq, heads, HEAD_DIM]).swap_dims(1, 2);
-        let q = table.turn(heads(self.q_proj.forward(x.clone()), HEADS));
-        let k = table.turn(heads(self.k_proj.forward(x.clone()), KV_HEADS));
-        let v = heads(self.v_proj.forward(x), KV_HEADS);
+        let ([batch, seq, width], Self { heads, kv_heads, .. }) = (x.dims(), self);
+        let head_dim = width / heads;
+        let split = |x: Tensor<3>, heads: usize| x.reshape([batch, seq, heads, head_dim]).swap_dims(1, 2);
+        let q = table.turn(split(self.q_proj.forward(x.clone()), *heads));
+        let k = table.turn(split(self.k_proj.forward(x.clone()), *kv_heads));
+        let v = split(self.v_proj.forward(x), *kv_heads);
         let grouped = |x: Tensor<4>| {
-            let x = x.unsqueeze_dim::<5>(2).repeat_dim(2, HEADS / KV_HEADS);
-            x.reshape([batch, HEADS, seq, HEAD_DIM])
+            let x = x.unsqueeze_dim::<5>(2).repeat_dim(2, heads / kv_heads);
+            x.reshape([batch, *heads, seq, head_dim])
         };
-        let scores = q.matmul(grouped(k).swap_dims(2, 3)) / (HEAD_DIM as f64).sqrt();
-        let mask = table.mask.clone().expand([batch, HEADS, seq, seq]);
+        let scores = q.matmul(grouped(k).swap_dims(2, 3)) / (head_dim as f64).sqrt();
+        let mask = table.mask.clone().expand([batch, *heads, seq, seq]);
         let weights = softmax(scores.mask_fill(mask, f32::MIN / 2.0), 3);
-        let y = weights.matmul(grouped(v)).swap_dims(1, 2).reshape([batch, seq, HIDDEN]);
+        let y = weights.matmul(grouped(v)).swap_dims(1, 2).reshape([batch, seq, width]);
         self.o_proj.forward(y)
     }
 
@@ -129,8 +135,8 @@ struct Rotation {
 }
 
 impl Rotation {
-    fn new(seq: usize, device: &Device) -> Self {
-        let half = HEAD_DIM / 2;
+    fn new(seq: usize, head_dim: usize, device: &Device) -> Self {
+        let half = head_dim / 2;
         let angle = |at: usize| (at / half) as f64 * 10_000_f64.powf(-((at % half) as f64) / half as f64);
         let table = |f: fn(f64) -> f64| {
             let values: Vec<f32> = (0..seq * half).map(|at| f(angle(at)) as f32).collect();
@@ -142,7 +148,7 @@ impl Rotation {
     }
 
     fn turn(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = HEAD_DIM / 2;
+        let half = x.dims()[3] / 2;
         let (left, right) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
         let (cos, sin) = (self.cos.clone(), self.sin.clone());
         let turned = left.clone() * cos.clone() - right.clone() * sin.clone();

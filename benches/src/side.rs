@@ -1,30 +1,27 @@
 //! What is measured on our side.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use burn::module::{Lora, Module, ParamGroup};
-use burn::optim::{AdamWConfig, GradientsParams};
+use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::ValueEnum;
 use peft_core::{Peft, Targets, with_auxiliary};
 use peft_lora::LoraConfig;
 use peft_models::config::ModelConfig;
-use peft_models::export::{Dtype, save_model};
-use peft_models::load::{Packing, Precision};
-use peft_models::{CausalLm, Layout, ModelSource, Pretrained, Sampling, generate};
+use peft_models::load::{Packing, Precision, load_weights};
+use peft_models::{CausalLm, Layout, Sampling, generate};
 use peft_moe::{Balance, MixtureConfig, RouterConfig};
 use peft_quant::Quantization;
 use serde_json::{Value, json};
 
 use crate::plain::PlainLlama;
-use crate::{Outcome, Setup};
+use crate::random::RandomWeights;
+use crate::{Backend, Outcome, Setup};
 
 pub(crate) const PROJECTIONS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-pub(crate) const HIDDEN: usize = 576;
-pub(crate) const HEADS: usize = 9;
-pub(crate) const KV_HEADS: usize = 3;
-pub(crate) const INTERMEDIATE: usize = 1536;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Side {
@@ -72,9 +69,9 @@ impl Side {
         }
     }
 
-    /// Median seconds of a step or a token, and the peak of resident memory above the start.
-    pub(crate) fn measure(self, setup: &Setup, dir: &Path) -> Outcome<Value> {
-        let before = resident("VmRSS")?;
+    /// Median seconds of a step or a token, and the peak of memory above the start: resident memory, or that of the GPU.
+    pub(crate) fn measure(self, setup: &Setup) -> Outcome<Value> {
+        let before = memory(setup.backend, "VmRSS")?;
         let device = setup.backend.device();
         let train = device.clone().autodiff();
         let precision = match self {
@@ -82,7 +79,9 @@ impl Side {
             _ => Precision::F32,
         };
         let load = |packing: &Packing, device: &Device| -> Outcome<CausalLm> {
-            Ok(Pretrained::load_with(&ModelSource::Dir(dir.to_owned()), packing, precision, device)?.model)
+            let model = CausalLm::new(&config(setup)?, device);
+            let weights = RandomWeights::of(&model);
+            Ok(load_weights(model, &weights, packing, precision, |_| false)?)
         };
         let nf4 = Packing::Quantize(Quantization::default());
         let adapted = |base: CausalLm| -> Outcome<CausalLm> {
@@ -97,37 +96,36 @@ impl Side {
         };
         let two = RouterConfig::TopK { k: 2 };
         let mut seconds = match self {
-            Self::TwoOf8 => steps(mixed(8, two)?, setup, balanced),
-            Self::TwoOf32 => steps(mixed(32, two)?, setup, balanced),
-            Self::AllOf8 => steps(mixed(8, RouterConfig::Soft)?, setup, balanced),
-            Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss),
-            Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss),
-            Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss),
+            Self::TwoOf8 => steps(mixed(8, two)?, setup, balanced)?,
+            Self::TwoOf32 => steps(mixed(32, two)?, setup, balanced)?,
+            Self::AllOf8 => steps(mixed(8, RouterConfig::Soft)?, setup, balanced)?,
+            Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss)?,
+            Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss)?,
+            Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss)?,
             Self::ApplyLora => {
                 let group = ParamGroup::from_regex(r"_proj\.base\.weight$").map_err(|e| format!("{e:?}"))?;
                 let lora = Lora::new(setup.rank, 2.0 * setup.rank as f64).set_param_group(group);
                 let model = PlainLlama::new(setup, None, &train).apply_lora(lora);
-                steps(model, setup, PlainLlama::loss)
+                steps(model, setup, PlainLlama::loss)?
             }
             Self::Decode | Self::DecodeBf16 => decode(&load(&Packing::Dense, &device)?, setup.steps, &device)?,
             Self::DecodePacked => decode(&load(&nf4, &device)?, setup.steps, &device)?,
         };
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
-        Ok(json!({ "median_s": median, "rss_growth_mb": resident("VmHWM")? - before }))
+        Ok(json!({ "median_s": median, "memory_mib": memory(setup.backend, "VmHWM")? - before }))
     }
 }
 
-/// The model with random weights, as a Hugging Face directory: every side reads it, so that loading is part of its memory.
-pub(crate) fn write_model(setup: &Setup, dir: &Path) -> Outcome<()> {
+fn config(setup: &Setup) -> Outcome<ModelConfig> {
+    let Setup { layers, vocab, hidden, heads, kv_heads, intermediate, .. } = setup;
     let config = json!({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": setup.vocab,
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": setup.layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5,
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": true, "hidden_act": "silu",
     });
-    let model = CausalLm::new(&ModelConfig::from_json(&config, dir)?, &Device::flex());
-    Ok(save_model(&model, &config, None, Dtype::F32, dir)?)
+    Ok(ModelConfig::from_json(&config, Path::new("random"))?)
 }
 
 fn loss(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> Tensor<1> {
@@ -140,13 +138,13 @@ fn balanced(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> T
     said.into_iter().filter_map(|each| each.loss).fold(loss, |sum, loss| sum + loss)
 }
 
-/// Seconds of each step, the first two left out.
+/// Seconds of each step of `accumulate` batches, the first two left out.
 fn steps<M: Module>(
     mut model: M,
     setup: &Setup,
     loss: impl Fn(&M, Tensor<2, Int>, Tensor<1, Int>) -> Tensor<1>,
-) -> Vec<f64> {
-    let Setup { batch, seq, vocab, steps, .. } = *setup;
+) -> Outcome<Vec<f64>> {
+    let Setup { batch, seq, vocab, steps, accumulate, .. } = *setup;
     let device = model.devices().into_iter().next().unwrap_or_else(Device::flex).without_autodiff();
     let mut optim = AdamWConfig::new().init();
     let tokens: Vec<i64> = (0..batch * (seq + 1)).map(|i| (i * 2_654_435_761 % vocab) as i64).collect();
@@ -155,14 +153,17 @@ fn steps<M: Module>(
     let mut seconds = Vec::new();
     for _ in 0..steps + 2 {
         let started = Instant::now();
-        let loss = loss(&model, ids.clone(), targets.clone());
-        let grads = GradientsParams::from_grads(loss.clone().backward(), &model);
-        model = optim.step(1e-4, model, grads);
-        // Reading it waits for the device.
-        drop(loss.into_data());
+        let mut sum = GradientsAccumulator::new();
+        for _ in 0..accumulate {
+            let loss = loss(&model, ids.clone(), targets.clone());
+            sum.accumulate(&model, GradientsParams::from_grads(loss.backward(), &model));
+        }
+        model = optim.step(1e-4, model, sum.grads());
+        // Waits for what the device has still to do.
+        device.sync()?;
         seconds.push(started.elapsed().as_secs_f64());
     }
-    seconds.split_off(2)
+    Ok(seconds.split_off(2))
 }
 
 /// Seconds of each of `steps` tokens after a prompt of 16 and two more.
@@ -175,6 +176,16 @@ fn decode(model: &CausalLm, steps: usize, device: &Device) -> Outcome<Vec<f64>> 
         true
     })?;
     Ok(seconds.split_off(2))
+}
+
+/// What is in use, in MiB: of the GPU all, of which its allocator gives nothing back; else a field of `/proc/self/status`.
+fn memory(backend: Backend, field: &str) -> Outcome<f64> {
+    if !backend.is_cuda() {
+        return resident(field);
+    }
+    let query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits"];
+    let output = Command::new("nvidia-smi").args(query).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().parse()?)
 }
 
 /// A field of `/proc/self/status` in MiB.

@@ -6,7 +6,7 @@ use clap::Args;
 use plotters::chart::SeriesLabelPosition;
 
 use crate::picture::{Chart, Line, draw};
-use crate::side::{Side, write_model};
+use crate::side::Side;
 use crate::{Outcome, Runner, Setup};
 
 #[derive(Args)]
@@ -74,8 +74,6 @@ fn tokens(setup: &Setup) -> f64 {
 
 impl Sweep {
     pub(crate) fn run(&self) -> Outcome<()> {
-        let model = tempfile::tempdir()?;
-        write_model(&self.setup, model.path())?;
         let mut sides = vec![("lora", Runner::Ours(Side::Lora)), ("apply-lora", Runner::Ours(Side::ApplyLora))];
         if let Some(python) = &self.python {
             sides.push(("torch+peft", Runner::Python { python, flags: &[] }));
@@ -90,9 +88,9 @@ impl Sweep {
                 let key = setup.flags().join(" ");
                 for ((name, runner), line) in sides.iter().zip(&mut lines) {
                     if !known.iter().any(|(side, of, ..)| side == name && *of == key) {
-                        let result = runner.run(&setup, model.path())?;
+                        let result = runner.run(&setup)?;
                         let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
-                        known.push((name, key.clone(), number("median_s"), number("rss_growth_mb")));
+                        known.push((name, key.clone(), number("median_s"), number("memory_mib")));
                     }
                     let found = known.iter().find(|(side, of, ..)| side == name && *of == key);
                     let (.., seconds, mib) = found.ok_or("a side that was not run")?;
