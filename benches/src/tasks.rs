@@ -34,6 +34,9 @@ pub(crate) struct Tasks {
     /// Where the runs go; those that are there already are not repeated
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Where to train, as `peft --device` has it
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Methods to run [default: all but those of prompts]
     #[arg(long, value_delimiter = ',')]
     methods: Vec<String>,
@@ -156,7 +159,8 @@ impl Tasks {
             } else {
                 eval.args(["eval", "--json", "--model"]).arg(&out);
             }
-            eval.args(["--max-len", &self.max_len.to_string(), "--data"]).arg(self.part("test"));
+            eval.args(["--device", &self.device, "--max-len", &self.max_len.to_string(), "--data"])
+                .arg(self.part("test"));
             let (tested, _) = watch(eval)?;
             let reached = serde_json::json!({ "train": result, "test": tested, "mib": mib });
             std::fs::write(&note, format!("{reached:#}\n"))?;
@@ -179,7 +183,11 @@ impl Tasks {
 
     fn train(&self, flags: &[&str], seed: u64, out: &Path) -> Command {
         let mut command = Command::new(&self.peft);
-        command.args(["train", "--json", "--overwrite", "--model"]).arg(&self.model).arg("--out").arg(out);
+        command
+            .args(["train", "--device", &self.device, "--json", "--overwrite", "--model"])
+            .arg(&self.model)
+            .arg("--out")
+            .arg(out);
         if self.data.is_file() {
             command.arg("--data").arg(&self.data).args(["--eval-fraction", "0.2"]);
         } else {
