@@ -14,8 +14,8 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
-    Activation, AdapterFile, Base, Composable, End, Error, FileTensor, Gate, LayerKind, Method, Names, Part, Result,
-    Site, Targets,
+    Activation, AdapterFile, Base, Composable, End, Error, Experts, FileTensor, Gate, LayerKind, Method, Names, Part,
+    Result, Site, Targets,
 };
 use serde::{Deserialize, Serialize};
 
@@ -238,6 +238,8 @@ impl Composable for Ia3Config {
 
 /// Of a layer whose output is scaled: the scale adds `(l − 1) ⊙ y` to it.
 impl Part for Ia3Adapter {
+    type Experts = Ia3Experts;
+
     fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
         (end.output.clone(), end.output.clone())
     }
@@ -249,11 +251,28 @@ impl Part for Ia3Adapter {
     fn update(&self, seen: Tensor<3>) -> Tensor<3> {
         scaled(seen, (self.l.val() - 1.0).unsqueeze())
     }
+}
 
-    /// All of them as one vector for each row.
-    fn mixed(experts: &[Self], seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
-        let all = Tensor::cat(experts.iter().map(|expert| expert.l.val() - 1.0).collect(), 0); // [experts, d_out]
-        let factors = gates.cast(all.dtype()).matmul(all); // [batch · seq, d_out]
+/// Several vectors as one for each row: `1 + Σ gₑ·(lₑ − 1)`.
+#[derive(Module, Debug)]
+pub struct Ia3Experts {
+    /// `[experts, d_out]`
+    pub l: Param<Tensor<2>>,
+}
+
+impl Experts<Ia3Adapter> for Ia3Experts {
+    fn of(experts: Vec<Ia3Adapter>) -> Self {
+        let all = experts.into_iter().map(|expert| expert.l.val()).collect();
+        Self { l: Param::from_tensor(Tensor::cat(all, 0).detach()) }
+    }
+
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        (end.output.clone(), end.output.clone())
+    }
+
+    fn mixed(&self, seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
+        let l = self.l.val() - 1.0;
+        let factors = gates.cast(l.dtype()).matmul(l); // [batch · seq, d_out]
         let dims = seen.dims();
         scaled(seen, factors.reshape(dims))
     }

@@ -18,7 +18,7 @@ pub use config::{
     Residual, Scaling,
 };
 pub use hub::read_fusion;
-pub use ia3::{Ia3Adapter, Ia3Config};
+pub use ia3::{Ia3Adapter, Ia3Config, Ia3Experts};
 pub use invertible::Nice;
 pub use ln_tuning::{LnTuningAdapter, LnTuningConfig};
 pub use method::BottleneckAdapter;

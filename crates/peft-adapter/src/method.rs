@@ -147,6 +147,8 @@ impl Activation for BottleneckAdapter {
 }
 
 impl Part for BottleneckAdapter {
+    type Experts = Vec<Self>;
+
     fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
         match self {
             Self::Bottleneck(bottleneck) => bottleneck.sees(end),

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{LayerKind, Method, Result};
 
-pub use adapter::{ComposedAdapter, Part};
+pub use adapter::{ComposedAdapter, Experts, Part};
 pub use fusion::Fusion;
 pub use method::{ComposedConfig, composed};
 

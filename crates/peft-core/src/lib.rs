@@ -44,7 +44,7 @@ pub use activation::{
 pub use attach::{Peft, attach};
 pub use attended::{Attended, KeysAndValues};
 pub use auxiliary::{Auxiliary, say_auxiliary, with_auxiliary};
-pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Fusion, Part, composed};
+pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Experts, Fusion, Part, composed};
 pub use dense::{Dense, Start};
 pub use embedded::Embedded;
 pub use error::{Error, Problem, Result};

@@ -35,8 +35,8 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// The name in `adapter_config.json`, for instance `LORA`.
     const PEFT_TYPE: &'static str;
 
-    /// The adapter's fields that LoRA+ trains faster than the rest: those that start at zero and wait for their partner. Empty when the method
-    /// has none.
+    /// Names of the adapter's fields that LoRA+ trains faster than the rest: those that start at zero and wait for their partner. Empty when the
+    /// method has none.
     const FAST: &'static [&'static str] = &[];
 
     /// Whether the adapter belongs to the model as a whole, as those of PEFT's prompt methods: see [`is_of_model`](Self::is_of_model).
@@ -82,6 +82,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// # Errors
     /// When the configuration does not fit this layer.
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter>;
+
+    /// Whether LoRA+ trains a field faster: one of [`FAST`](Self::FAST), and in an adapter that holds others, one of theirs.
+    fn is_fast(field: &str) -> bool {
+        Self::FAST.contains(&field)
+    }
 
     /// The adapter's tensors in the file, for a layer of that kind.
     fn tensors(kind: LayerKind) -> &'static [FileTensor];

@@ -93,6 +93,7 @@ fn here<'a, M: Method>(part: Option<&'a M>, site: &Site) -> Option<&'a M> {
 
 impl<A: Method, B: Method> Method for Union<A, B> {
     const PEFT_TYPE: &'static str = UNION;
+    const FAST: &'static [&'static str] = if A::FAST.is_empty() { B::FAST } else { A::FAST };
     type Adapter = UnionAdapter<A::Adapter, B::Adapter>;
 
     fn targets(&self) -> &Targets {
@@ -145,6 +146,14 @@ impl<A: Method, B: Method> Method for Union<A, B> {
         let first = here(self.first(), site).map(|part| part.init(site, seed)).transpose()?;
         let second = here(self.second(), site).map(|part| part.init(site, seed)).transpose()?;
         Ok(UnionAdapter { first, second })
+    }
+
+    fn is_fast(field: &str) -> bool {
+        match field.split_once('.') {
+            Some((FIRST, field)) => A::is_fast(field),
+            Some((SECOND, field)) => B::is_fast(field),
+            _ => false,
+        }
     }
 
     /// None of its own.

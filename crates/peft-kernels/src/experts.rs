@@ -42,30 +42,17 @@ pub trait ExpertOps: Backend {
         plain::experts::<Self>(x, a, b, gates, scale)
     }
 
-    /// `dA` and `dB`.
+    /// `dx`, `dA`, `dB` and `dg`.
     #[fusion(default)]
-    fn experts_factors(
+    fn experts_backward(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         gates: FloatTensor<Self>,
         scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        plain::experts_factors::<Self>(grad, x, a, b, gates, scale)
-    }
-
-    /// `dx` and `dg`.
-    #[fusion(default)]
-    fn experts_input(
-        grad: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        gates: FloatTensor<Self>,
-        scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        plain::experts_input::<Self>(grad, x, a, b, gates, scale)
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        plain::experts_backward::<Self>(grad, x, a, b, gates, scale)
     }
 }
 
@@ -114,17 +101,9 @@ impl<B: ExpertOps, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
                 let [x_node, a_node, b_node, gates_node] = ops.parents.map(|node| node.map(|node| node.id));
                 let State { inputs: [x, a, b, gates], scale } = ops.state;
                 let grad = grads.consume::<B>(&ops.node);
-                if a_node.is_some() || b_node.is_some() {
-                    let inputs = (grad.clone(), x.clone(), a.clone(), b.clone(), gates.clone());
-                    let (a_grad, b_grad) = B::experts_factors(inputs.0, inputs.1, inputs.2, inputs.3, inputs.4, scale);
-                    give::<B>(grads, a_node, a_grad);
-                    give::<B>(grads, b_node, b_grad);
-                }
-                if x_node.is_some() || gates_node.is_some() {
-                    let (x_grad, gates_grad) = B::experts_input(grad, x, a, b, gates, scale);
-                    give::<B>(grads, x_node, x_grad);
-                    give::<B>(grads, gates_node, gates_grad);
-                }
+                let (x, a, b, gates) = B::experts_backward(grad, x, a, b, gates, scale);
+                let nodes = [x_node, a_node, b_node, gates_node];
+                nodes.into_iter().zip([x, a, b, gates]).for_each(|(node, grad)| give::<B>(grads, node, grad));
             }
         }
 
@@ -146,22 +125,14 @@ on_backends!(ExpertOps {
         gates: FloatTensor<Self>,
         scale: f64,
     ) -> FloatTensor<Self>, by [x, a, b, gates];
-    fn experts_factors(
+    fn experts_backward(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         gates: FloatTensor<Self>,
         scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>), by [grad, x, a, b, gates];
-    fn experts_input(
-        grad: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        gates: FloatTensor<Self>,
-        scale: f64,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>), by [grad, x, a, b, gates];
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>), by [grad, x, a, b, gates];
 });
 
 /// Bodies of Burn's operations.
@@ -179,38 +150,25 @@ mod plain {
         (gated(h, Float(gates)) * scale).matmul(Float(b)).0
     }
 
-    pub(super) fn experts_factors<B: Backend>(
+    pub(super) fn experts_backward<B: Backend>(
         grad: FloatTensor<B>,
         x: FloatTensor<B>,
         a: FloatTensor<B>,
         b: FloatTensor<B>,
         gates: FloatTensor<B>,
         scale: f64,
-    ) -> (FloatTensor<B>, FloatTensor<B>) {
-        let (grad, x, gates) = (Float::<B>(grad), Float(x), Float(gates));
-        let u = grad.clone().matmul(Float(b).swap(0, 1)) * scale;
-        let a_grad = x.clone().swap(0, 1).matmul(gated(u, gates.clone()));
-        let b_grad = (gated(x.matmul(Float(a)), gates) * scale).swap(0, 1).matmul(grad);
-        (a_grad.0, b_grad.0)
-    }
-
-    pub(super) fn experts_input<B: Backend>(
-        grad: FloatTensor<B>,
-        x: FloatTensor<B>,
-        a: FloatTensor<B>,
-        b: FloatTensor<B>,
-        gates: FloatTensor<B>,
-        scale: f64,
-    ) -> (FloatTensor<B>, FloatTensor<B>) {
-        let (x, a, gates) = (Float::<B>(x), Float::<B>(a), Float::<B>(gates));
-        let u = Float(grad).matmul(Float(b).swap(0, 1)) * scale;
+    ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+        let (grad, x, a, gates) = (Float::<B>(grad), Float::<B>(x), Float::<B>(a), Float::<B>(gates));
         let [rows, experts] = [gates.shape()[0], gates.shape()[1]];
+        let h = x.clone().matmul(a.clone());
+        let u = grad.clone().matmul(Float(b).swap(0, 1)) * scale;
         let rank = u.shape()[1] / experts;
-        let each = (x.matmul(a.clone()) * u.clone()).reshape([rows, experts, rank]).sum(2).reshape([rows, experts]);
+        let each = (h.clone() * u.clone()).reshape([rows, experts, rank]).sum(2).reshape([rows, experts]);
         let bools = get_or_init_device_settings::<B>(&gates.0.device()).bool_dtype;
         let shut = B::float_equal_elem(gates.0.clone(), Scalar::from(0.0), bools);
-        let x_grad = gated(u, gates).matmul(a.swap(0, 1));
-        (x_grad.0, each.fill(shut, 0.0).0)
+        let b_grad = (gated(h, gates.clone()) * scale).swap(0, 1).matmul(grad);
+        let u = gated(u, gates);
+        (u.clone().matmul(a.swap(0, 1)).0, x.swap(0, 1).matmul(u).0, b_grad.0, each.fill(shut, 0.0).0)
     }
 
     /// `[rows, experts·rank]`, each expert's part times its gate.

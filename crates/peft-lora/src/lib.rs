@@ -2,6 +2,7 @@
 
 pub mod combine;
 mod compose;
+mod experts;
 mod factors;
 mod hub;
 mod init;
@@ -10,6 +11,7 @@ mod plus;
 mod unbuilt;
 
 pub use combine::{Combination, combine};
+pub use experts::LoraExperts;
 pub use factors::attach_factors;
 pub use init::InitWeights;
 pub use lora::{LoraAdapter, LoraConfig};

@@ -11,8 +11,8 @@ use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::Values;
 use peft_core::{
-    Activation, AdapterFile, Auxiliary, Base, Composable, End, Error, FileTensor, LayerKind, Method, Part, Result,
-    Site, Targets, say_auxiliary,
+    Activation, AdapterFile, Auxiliary, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part,
+    Result, Site, Targets, say_auxiliary,
 };
 use peft_lora::LoraConfig;
 use serde::{Deserialize, Serialize};
@@ -124,8 +124,8 @@ impl<M: Method> MixtureConfig<M> {
 
 /// State of a [`MixtureConfig`] in one place.
 #[derive(Module, Debug)]
-pub struct MixtureAdapter<A: Module> {
-    experts: Vec<A>,
+pub struct MixtureAdapter<E: Module, A: Module> {
+    experts: E,
     shared: Vec<A>,
     router: Router,
     #[module(skip)]
@@ -139,10 +139,9 @@ pub struct MixtureAdapter<A: Module> {
     path: String,
 }
 
-impl<A: Part> MixtureAdapter<A> {
+impl<E: Experts<A>, A: Part> MixtureAdapter<E, A> {
     fn end(&self, end: End<'_>) -> Tensor<3> {
-        let first = &self.experts[0];
-        let (seen, residual) = first.sees(&end);
+        let (seen, residual) = self.experts.sees(&end);
         let ([batch, seq, _], dtype) = (seen.dims(), residual.dtype());
         let routing = self.router.route(&self.routing, self.look, end.input.clone());
         say_auxiliary(|| {
@@ -150,15 +149,15 @@ impl<A: Part> MixtureAdapter<A> {
             let loss = self.balance.loss(&routing, &load, [batch, seq]);
             Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing) }
         });
-        let mixed = A::mixed(&self.experts, seen.clone(), routing.gates);
+        let mixed = self.experts.mixed(seen.clone(), routing.gates);
         let shared = self.shared.iter().map(|expert| expert.update(seen.clone()));
         let update = shared.fold(mixed, |sum, update| sum + update);
-        first.close(residual + update.cast(dtype), end)
+        self.experts.close(residual + update.cast(dtype), end)
     }
 }
 
 /// The weight form: there is none, as gates differ by row.
-impl<A: Part> Reparameterization for MixtureAdapter<A> {
+impl<E: Experts<A>, A: Part> Reparameterization for MixtureAdapter<E, A> {
     const NAME: &'static str = "mixture";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
@@ -166,7 +165,7 @@ impl<A: Part> Reparameterization for MixtureAdapter<A> {
     }
 }
 
-impl<A: Part> Activation for MixtureAdapter<A> {
+impl<E: Experts<A>, A: Part> Activation for MixtureAdapter<E, A> {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
         Some(self.end(base.end(x)).flatten(0, 1))
     }
@@ -176,16 +175,23 @@ impl<A: Part> Activation for MixtureAdapter<A> {
     }
 }
 
-/// The fields that experts are in, by number.
+/// The fields that experts are in: by number, or side by side.
 const EXPERTS: &str = "experts";
 const SHARED: &str = "shared";
+
+/// An expert, or all of them, and the field in it.
+fn part_of(field: &str) -> Option<(&str, &str)> {
+    let (several, rest) = field.split_once('.').filter(|(several, _)| [EXPERTS, SHARED].contains(several))?;
+    let numbered = rest.split_once('.').filter(|(number, _)| number.parse::<usize>().is_ok());
+    Some(numbered.map_or((several, rest), |(number, inner)| (&field[..several.len() + 1 + number.len()], inner)))
+}
 
 const ROUTED: &str = "a router opens gates row by row";
 
 impl<M: Composable> Method for MixtureConfig<M> {
     const PEFT_TYPE: &'static str = M::MIXTURE;
     const FAST: &'static [&'static str] = M::FAST;
-    type Adapter = MixtureAdapter<M::Adapter>;
+    type Adapter = MixtureAdapter<<M::Adapter as Part>::Experts, M::Adapter>;
 
     fn targets(&self) -> &Targets {
         &self.targets
@@ -224,7 +230,7 @@ impl<M: Composable> Method for MixtureConfig<M> {
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter> {
         let count = self.experts_at(&site.path)?;
         let expert = |number: usize| self.expert.init(site, seed.wrapping_add(number as u64));
-        let experts = (0..count).map(expert).collect::<Result<_>>()?;
+        let experts = Experts::of((0..count).map(expert).collect::<Result<_>>()?);
         let shared = (count..count + self.num_shared).map(expert).collect::<Result<_>>()?;
         let router = self.router.init(site, count, &mut site.rng(!seed));
         let look = Look { level: self.level, temperature: self.temperature, jitter: self.jitter };
@@ -241,14 +247,17 @@ impl<M: Composable> Method for MixtureConfig<M> {
         }
     }
 
+    fn is_fast(field: &str) -> bool {
+        part_of(field).is_some_and(|(_, field)| M::is_fast(field))
+    }
+
     fn key(kind: LayerKind, field: &str) -> Option<(String, bool)> {
         if let Some(tensor) = Self::tensors(kind).iter().find(|tensor| tensor.field == field) {
             return Some((tensor.key.to_owned(), tensor.transposed));
         }
-        let (several, rest) = field.split_once('.')?;
-        let (number, field) = rest.split_once('.')?;
+        let (part, field) = part_of(field)?;
         let (key, transposed) = M::key(kind, field)?;
-        [EXPERTS, SHARED].contains(&several).then(|| (format!("{several}.{number}.{key}"), transposed))
+        Some((format!("{part}.{key}"), transposed))
     }
 
     fn activation(adapter: &Self::Adapter) -> Option<&dyn Activation> {
@@ -290,27 +299,13 @@ pub fn task_lora(file: &AdapterFile<MixtureConfig<LoraConfig>>, task: usize) -> 
     let mut tensors = std::collections::BTreeMap::new();
     for path in file.tensors.keys().filter_map(|key| key.strip_suffix(".router.weight")) {
         let gates = gates_of(file, path, task)?;
-        let parts = |key: &str| {
-            let each = |expert: usize| tensor(file, &format!("{path}.{EXPERTS}.{expert}.{key}"));
-            (0..experts).map(each).collect::<Result<Vec<_>>>()
-        };
-        // In the file `[rank, d_in]` and `[d_out, rank]`.
-        let (down, up) = (parts("lora_A.weight")?, parts("lora_B.weight")?);
-        let (rank, d_in, d_out) = (down[0].shape[0], down[0].shape[1], up[0].shape[0]);
-        let stacked = down.iter().flat_map(|down| down.values.iter().copied()).collect();
-        let row = |out: usize| {
-            let part = move |(up, gate): (&&Values, &f32)| {
-                let gate = *gate;
-                up.values[out * rank..(out + 1) * rank].iter().map(move |value| gate * value).collect::<Vec<_>>()
-            };
-            up.iter().zip(&gates).flat_map(part).collect::<Vec<_>>()
-        };
-        let beside = (0..d_out).flat_map(row).collect();
-        let insert = [
-            ("lora_A.weight", vec![experts * rank, d_in], stacked),
-            ("lora_B.weight", vec![d_out, experts * rank], beside),
-        ];
-        tensors.extend(insert.map(|(key, shape, values)| (format!("{path}.{key}"), Values { shape, values })));
+        // In the file `[experts · rank, d_in]` and `[d_out, experts · rank]`.
+        let factor = |key: &str| tensor(file, &format!("{path}.{EXPERTS}.{key}"));
+        let (down, mut up) = (factor("lora_A.weight")?.clone(), factor("lora_B.weight")?.clone());
+        let rank = method.expert.rank;
+        up.values.iter_mut().enumerate().for_each(|(at, value)| *value *= gates[at / rank % experts]);
+        tensors.insert(format!("{path}.lora_A.weight"), down);
+        tensors.insert(format!("{path}.lora_B.weight"), up);
     }
     if let Some(key) = file.tensors.keys().find(|key| key.ends_with("lora_B.bias")) {
         return Err(Error::config("lora_bias", "false", key));

@@ -26,12 +26,12 @@ struct Moments {
     second: Tensor<1>,
 }
 
-/// Learning rate, and the factor by which LoRA+ (arXiv:2402.12354) raises it for the adapter's fields of these names.
+/// Learning rate, and the factor by which LoRA+ (arXiv:2402.12354) raises it for the adapter's fields for which `fast` holds.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rates {
     pub base: f64,
     pub plus: f64,
-    pub fast: &'static [&'static str],
+    pub fast: Option<fn(&str) -> bool>,
 }
 
 impl Optimization {
@@ -84,7 +84,7 @@ impl ParamMapper for Stepper<'_> {
     fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(grad) = self.grads.remove::<D>(param.id) else { return param };
         let path = at.path();
-        let fast = at.locate().field.is_some_and(|field| self.rates.fast.contains(&field.as_str()));
+        let fast = at.locate().field.zip(self.rates.fast).is_some_and(|(field, is_fast)| is_fast(&field));
         let Optimization { adamw: settings, moments } = &mut *self.optimization;
         let count = grad.shape().num_elements();
         let Moments { time, first, second } = moments.remove(&path).unwrap_or_else(|| {

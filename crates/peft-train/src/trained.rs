@@ -31,9 +31,9 @@ pub trait Trained<T> {
     /// When the folder does not hold the trained part of this model.
     fn restore(&self, model: T, dir: &Path) -> Result<T>;
 
-    /// The adapter's fields that LoRA+ trains faster: [`Method::FAST`].
-    fn fast(&self) -> &'static [&'static str] {
-        &[]
+    /// Which of the adapter's fields LoRA+ trains faster, if any: [`Method::is_fast`].
+    fn fast(&self) -> Option<fn(&str) -> bool> {
+        None
     }
 }
 
@@ -88,8 +88,8 @@ impl<T: Module, M: Method> Trained<T> for AdapterOf<M> {
         Ok(file.fill(model, &dir.join(TENSOR_FILE), Strictness::default())?)
     }
 
-    fn fast(&self) -> &'static [&'static str] {
-        M::FAST
+    fn fast(&self) -> Option<fn(&str) -> bool> {
+        (!M::FAST.is_empty()).then_some(M::is_fast)
     }
 }
 

@@ -77,7 +77,7 @@ pub fn train<O: Objective>(
     stop: &Stop,
 ) -> Result<(O::Model, Summary)> {
     config.check()?;
-    if config.lora_plus != 1.0 && trained.fast().is_empty() {
+    if config.lora_plus != 1.0 && trained.fast().is_none() {
         return Err(Error::setting("lora_plus", "needs a method whose factors learn at different rates, such as LoRA"));
     }
     let mut optimization = Optimization::new(config.weight_decay);

@@ -8,6 +8,9 @@ use crate::{Activation, Base, End};
 
 /// An adapter as a part of a composition.
 pub trait Part: Reparameterization + ModuleDisplay + Activation {
+    /// Several of these in one place: a `Vec`, or their values side by side, for one operation over all.
+    type Experts: Experts<Self>;
+
     /// What the adapter sees of the place, and what is added to what it makes of that.
     fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>);
 
@@ -17,13 +20,45 @@ pub trait Part: Reparameterization + ModuleDisplay + Activation {
     /// What the adapter adds, without dropout and norms behind it: what a fusion looks at.
     fn update(&self, seen: Tensor<3>) -> Tensor<3>;
 
-    /// What several of these add together, each as far as its gate is open: `Σ gₑ·updateₑ`.
+    /// The end of the place, after the adapter gave `hidden`.
+    fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
+        End { output: hidden, ..end }.close()
+    }
+}
+
+/// Adapters of one place, each of which counts as far as its gate is open.
+pub trait Experts<A>: Module + ModuleDisplay + Sync + 'static {
+    /// At least one.
+    fn of(experts: Vec<A>) -> Self;
+
+    /// As [`Part::sees`], which is the same for all.
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>);
+
+    /// What they add together: `Σ gₑ·updateₑ`.
     ///
     /// # Shapes
     /// `seen`: `[batch, seq, d_in]`; `gates`: `[batch · seq, experts]`; result `[batch, seq, d_out]`
-    fn mixed(experts: &[Self], seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
+    fn mixed(&self, seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3>;
+
+    /// As [`Part::close`], which is the same for all.
+    fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
+        End { output: hidden, ..end }.close()
+    }
+}
+
+/// One after the other.
+impl<A: Part> Experts<A> for Vec<A> {
+    fn of(experts: Vec<A>) -> Self {
+        experts
+    }
+
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        self[0].sees(end)
+    }
+
+    fn mixed(&self, seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
         let [batch, seq, _] = seen.dims();
-        let each = experts.iter().enumerate().map(|(at, expert)| {
+        let each = self.iter().enumerate().map(|(at, expert)| {
             let update = expert.update(seen.clone());
             let gate = gates.clone().narrow(1, at, 1).reshape([batch, seq, 1]).cast(update.dtype());
             update * gate
@@ -31,9 +66,8 @@ pub trait Part: Reparameterization + ModuleDisplay + Activation {
         each.reduce(|sum, update| sum + update).expect("an expert at least")
     }
 
-    /// The end of the place, after the adapter gave `hidden`.
     fn close(&self, hidden: Tensor<3>, end: End<'_>) -> Tensor<3> {
-        End { output: hidden, ..end }.close()
+        self[0].close(hidden, end)
     }
 }
 

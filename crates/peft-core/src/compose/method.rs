@@ -168,6 +168,10 @@ impl<M: Composable> Method for ComposedConfig<M> {
         Ok(ComposedAdapter::new(parts, fusion, self.composition.clone()))
     }
 
+    fn is_fast(field: &str) -> bool {
+        field.split_once('.').and_then(|(_, rest)| rest.split_once('.')).is_some_and(|(_, field)| M::is_fast(field))
+    }
+
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
         const fn tensor(field: &'static str, key: &'static str, transposed: bool) -> FileTensor {
             FileTensor { field, key, transposed }

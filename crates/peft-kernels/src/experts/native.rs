@@ -24,52 +24,49 @@ pub(super) fn experts<B: Host>(
     let input = Input::new::<B>(&x, &a, &b, &gates, scale);
     let d_out = input.d_out;
     let done: Vec<Vec<f32>> = input.pieces.par_iter().map(|piece| input.forward(piece)).collect();
-    B::tensor(input.by_row(&done, d_out), Shape::new([input.rows, d_out]))
+    let by_piece: Vec<&[f32]> = done.iter().map(Vec::as_slice).collect();
+    B::tensor(input.by_row(&by_piece, d_out), Shape::new([input.rows, d_out]))
 }
 
-pub(super) fn experts_factors<B: Host>(
+pub(super) fn experts_backward<B: Host>(
     grad: FloatTensor<B>,
     x: FloatTensor<B>,
     a: FloatTensor<B>,
     b: FloatTensor<B>,
     gates: FloatTensor<B>,
     scale: f64,
-) -> (FloatTensor<B>, FloatTensor<B>) {
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let input = Input::new::<B>(&x, &a, &b, &gates, scale);
-    let grad = B::values(&grad);
-    let done: Vec<(Vec<f32>, Vec<f32>)> = input.pieces.par_iter().map(|piece| input.factors(piece, &grad)).collect();
-    let (mut a_grad, mut b_grad) = (vec![0.0; input.a.len()], vec![0.0; input.b.len()]);
+    let values = B::values(&grad);
+    let done: Vec<Grads> = input.pieces.par_iter().map(|piece| input.backward(piece, &values)).collect();
     let (rank, inner) = (input.rank, input.rank * input.experts);
-    // In the order of the pieces, so that sums are the same however many threads there are.
-    for (piece, (a_part, b_part)) in input.pieces.iter().zip(&done) {
-        let start = piece.expert * rank;
-        let rows = a_grad.chunks_mut(inner).zip(a_part.chunks(rank));
-        rows.for_each(|(row, part)| add(&mut row[start..start + rank], part));
-        add(&mut b_grad[start * input.d_out..][..b_part.len()], b_part);
-    }
-    (B::tensor(a_grad, a.shape()), B::tensor(b_grad, b.shape()))
-}
-
-pub(super) fn experts_input<B: Host>(
-    grad: FloatTensor<B>,
-    x: FloatTensor<B>,
-    a: FloatTensor<B>,
-    b: FloatTensor<B>,
-    gates: FloatTensor<B>,
-    scale: f64,
-) -> (FloatTensor<B>, FloatTensor<B>) {
-    let input = Input::new::<B>(&x, &a, &b, &gates, scale);
-    let grad = B::values(&grad);
-    let (done, by_gate): (Vec<Vec<f32>>, Vec<Vec<f32>>) =
-        input.pieces.par_iter().map(|piece| input.inputs(piece, &grad)).unzip();
+    let [mut a_grad, mut b_grad] = [&input.a, &input.b].map(|factor| vec![0.0; factor.len()]);
     let mut gates_grad = vec![0.0; input.rows * input.experts];
-    for (piece, values) in input.pieces.iter().zip(&by_gate) {
-        for (pair, value) in input.pairs[piece.pairs.clone()].iter().zip(values) {
+    // In the order of the pieces, so that sums are the same however many threads there are.
+    for (piece, grads) in input.pieces.iter().zip(&done) {
+        let start = piece.expert * rank;
+        let rows = a_grad.chunks_mut(inner).zip(grads.a.chunks(rank));
+        rows.for_each(|(row, part)| add(&mut row[start..start + rank], part));
+        add(&mut b_grad[start * input.d_out..][..grads.b.len()], &grads.b);
+        for (pair, value) in input.pairs_of(piece).iter().zip(&grads.gates) {
             gates_grad[pair.row * input.experts + piece.expert] = *value;
         }
     }
-    let x_grad = input.by_row(&done, input.d_in);
-    (B::tensor(x_grad, x.shape()), B::tensor(gates_grad, gates.shape()))
+    let by_piece: Vec<&[f32]> = done.iter().map(|grads| &grads.x[..]).collect();
+    let x_grad = B::tensor(input.by_row(&by_piece, input.d_in), x.shape());
+    (x_grad, B::tensor(a_grad, a.shape()), B::tensor(b_grad, b.shape()), B::tensor(gates_grad, gates.shape()))
+}
+
+/// What the pairs of a piece make of the gradients.
+struct Grads {
+    /// `gₑ·uₑ·Aₑᵀ`, `[pairs, d_in]`
+    x: Vec<f32>,
+    /// `[d_in, rank]`
+    a: Vec<f32>,
+    /// `[rank, d_out]`
+    b: Vec<f32>,
+    /// `hₑ·uₑ`, `[pairs]`
+    gates: Vec<f32>,
 }
 
 /// A row that goes through an expert.
@@ -98,8 +95,10 @@ struct Input<'a> {
     /// By expert, then by row.
     pairs: Vec<Pair>,
     pieces: Vec<Piece>,
-    /// Where each row's pairs are, as piece and place in it.
-    places: Vec<Vec<(usize, usize)>>,
+    /// Where pairs are, as piece and place in it, by row.
+    places: Vec<(usize, usize)>,
+    /// Where the places of each row begin, and where those of the last end.
+    starts: Vec<usize>,
 }
 
 impl<'a> Input<'a> {
@@ -113,21 +112,29 @@ impl<'a> Input<'a> {
         let ([rows, d_in], [inner, d_out]) = ([x.shape()[0], x.shape()[1]], [b.shape()[0], b.shape()[1]]);
         let experts = gates.shape()[1];
         let values = B::values(gates);
-        let (mut pairs, mut pieces, mut places) = (Vec::new(), Vec::new(), vec![Vec::new(); rows]);
+        let mut starts = vec![0];
+        for row in values.chunks(experts) {
+            starts.push(starts[starts.len() - 1] + row.iter().filter(|gate| **gate != 0.0).count());
+        }
+        let count = starts[rows];
+        let (mut pairs, mut pieces, mut places) = (Vec::with_capacity(count), Vec::new(), vec![(0, 0); count]);
+        let mut next = starts.clone();
         for expert in 0..experts {
             let start = pairs.len();
             let open = (0..rows).map(|row| Pair { row, gate: values[row * experts + expert] });
             pairs.extend(open.filter(|pair| pair.gate != 0.0));
             for from in (start..pairs.len()).step_by(ROWS) {
                 let to = (from + ROWS).min(pairs.len());
-                let own = pairs[from..to].iter().enumerate();
-                own.for_each(|(at, pair)| places[pair.row].push((pieces.len(), at)));
+                for (at, pair) in pairs[from..to].iter().enumerate() {
+                    places[next[pair.row]] = (pieces.len(), at);
+                    next[pair.row] += 1;
+                }
                 pieces.push(Piece { expert, pairs: from..to });
             }
         }
         let (x, a, b) = (B::values(x), B::values(a), B::values(b));
         let rank = inner / experts;
-        Self { x, a, b, scale: scale as f32, rows, d_in, d_out, experts, rank, pairs, pieces, places }
+        Self { x, a, b, scale: scale as f32, rows, d_in, d_out, experts, rank, pairs, pieces, places, starts }
     }
 
     fn pairs_of(&self, piece: &Piece) -> &[Pair] {
@@ -165,32 +172,29 @@ impl<'a> Input<'a> {
         times(&self.gated(piece, &h), &self.up(piece.expert), self.scale).values.into_owned()
     }
 
-    /// `dAₑ` and `dBₑ`, as far as these rows make them.
-    fn factors(&self, piece: &Piece, grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn backward(&self, piece: &Piece, grad: &[f32]) -> Grads {
         let (x, grad) = (self.gather(piece, &self.x, self.d_in), self.gather(piece, grad, self.d_out));
-        let h = times(&x, &self.down(piece.expert), 1.0);
-        let u = times(&grad, &self.up(piece.expert).transposed(), self.scale);
-        let a_grad = times(&x.transposed(), &self.gated(piece, &u), 1.0);
-        let b_grad = times(&self.gated(piece, &h).transposed(), &grad, self.scale);
-        (a_grad.values.into_owned(), b_grad.values.into_owned())
-    }
-
-    /// `gₑ·uₑ·Aₑᵀ` and `hₑ·uₑ`
-    fn inputs(&self, piece: &Piece, grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let down = self.down(piece.expert);
-        let h = times(&self.gather(piece, &self.x, self.d_in), &down, 1.0);
-        let u = times(&self.gather(piece, grad, self.d_out), &self.up(piece.expert).transposed(), self.scale);
+        let (down, up) = (self.down(piece.expert), self.up(piece.expert));
+        let h = times(&x, &down, 1.0);
+        let u = times(&grad, &up.transposed(), self.scale);
         let rows = h.values.chunks(self.rank).zip(u.values.chunks(self.rank));
-        let by_gate = rows.map(|(h, u)| h.iter().zip(u).map(|(h, u)| h * u).sum()).collect();
-        (times(&self.gated(piece, &u), &down.transposed(), 1.0).values.into_owned(), by_gate)
+        let gates = rows.map(|(h, u)| h.iter().zip(u).map(|(h, u)| h * u).sum()).collect();
+        let u = self.gated(piece, &u);
+        Grads {
+            x: times(&u, &down.transposed(), 1.0).values.into_owned(),
+            a: times(&x.transposed(), &u, 1.0).values.into_owned(),
+            b: times(&self.gated(piece, &h).transposed(), &grad, self.scale).values.into_owned(),
+            gates,
+        }
     }
 
     /// The sums over each row's experts, `[rows, width]`, of what the pieces made.
-    fn by_row(&self, done: &[Vec<f32>], width: usize) -> Vec<f32> {
+    fn by_row(&self, done: &[&[f32]], width: usize) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * width];
         fill(&mut out, width, |range, out| {
             for (row, out) in (range.start / width.max(1)..).zip(out.chunks_mut(width.max(1))) {
-                self.places[row].iter().for_each(|(piece, at)| add(out, &done[*piece][at * width..][..width]));
+                let places = &self.places[self.starts[row]..self.starts[row + 1]];
+                places.iter().for_each(|(piece, at)| add(out, &done[*piece][at * width..][..width]));
             }
         });
         out

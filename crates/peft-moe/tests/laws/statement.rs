@@ -25,7 +25,7 @@ pub(crate) fn laws<M: Composable>(
     params: fn(&MixtureConfig<M>, &Site) -> usize,
 ) -> Laws<MixtureConfig<M>> {
     Laws::new(method, params, ("num_experts", 0.into()))
-        .skip("file", "keys of experts have numbers, which a list of keys cannot have")
+        .skip("file", "keys of shared experts have numbers, which a list of keys cannot have")
 }
 
 /// Values of a router.
@@ -42,19 +42,24 @@ const SEQ: usize = 4;
 /// `x·W + b + Σ gₑ·s·x·Aₑ·Bₑ`, and the shared experts.
 fn mixed(method: &MixtureConfig<LoraConfig>, layer: &Layer<'_>) -> Result<Matrix> {
     let scale = method.expert.alpha / method.expert.rank as f64;
-    let update = |part: &str| -> Result<Matrix> {
-        let factor = |name: &str| layer.field(&format!("{part}.{name}"));
-        Ok(layer.x.times(factor("a")?)?.times(factor("b")?)?.scale(scale))
-    };
+    let (rank, factor) = (method.expert.rank, |part: &str, name: &str| layer.field(&format!("{part}.{name}")));
+    let (a, b) = (factor("experts", "a")?, factor("experts", "b")?);
     let gates = gates(method, layer)?;
     let mut y = layer.base(&layer.x)?;
     for expert in 0..method.num_experts {
-        let update = update(&format!("experts.{expert}"))?;
+        let of_expert = expert * rank..(expert + 1) * rank;
+        let down = a.values().chunks(a.columns()).flat_map(|row| row[of_expert.clone()].to_vec()).collect();
+        let up = b.values()[expert * rank * b.columns()..][..rank * b.columns()].to_vec();
+        let h = layer.x.times(&Matrix::new(a.rows(), rank, down)?)?;
+        let update = h.times(&Matrix::new(rank, b.columns(), up)?)?.scale(scale);
         let rows = update.values().chunks(update.columns()).zip(&gates);
         let gated = rows.flat_map(|(row, gates)| row.iter().map(|value| gates[expert] * value)).collect();
         y = y.plus(&Matrix::new(update.rows(), update.columns(), gated)?)?;
     }
-    (0..method.num_shared).try_fold(y, |y, shared| y.plus(&update(&format!("shared.{shared}"))?))
+    (0..method.num_shared).try_fold(y, |y, shared| {
+        let part = format!("shared.{shared}");
+        y.plus(&layer.x.times(factor(&part, "a")?)?.times(factor(&part, "b")?)?.scale(scale))
+    })
 }
 
 /// The gates of each row.

@@ -1,0 +1,62 @@
+//! Several `LoRA`s of one layer side by side.
+//!
+//! - formula: `Σₑ gₑ·s·(x·Aₑ·Bₑ + βₑ)`, in one operation: [`low_rank_experts`]
+//! - source: Zadouri et al. 2023, arXiv:2309.05444, section 3.2
+//!
+//! The factors are those of one `LoRA` whose rank is that of all together, in memory and in files: nothing has to be joined, and an optimizer has two
+//! tensors to see to, however many experts there are.
+
+use burn::module::{Module, Param};
+use burn::nn::Dropout;
+use burn::tensor::Tensor;
+use peft_core::kernels::low_rank_experts;
+use peft_core::{End, Experts};
+
+use crate::LoraAdapter;
+
+/// State of several [`LoraAdapter`]s of one rank.
+#[derive(Module, Debug)]
+pub struct LoraExperts {
+    /// `[d_in, experts · rank]`
+    pub a: Param<Tensor<2>>,
+    /// `[experts · rank, d_out]`
+    pub b: Param<Tensor<2>>,
+    /// `[experts, d_out]`
+    pub bias: Option<Param<Tensor<2>>>,
+    scale: f64,
+    dropout: Dropout,
+}
+
+/// Values of several parameters as one.
+fn joined<const D: usize>(parts: Vec<Tensor<D>>, dim: usize) -> Param<Tensor<D>> {
+    Param::from_tensor(Tensor::cat(parts, dim).detach())
+}
+
+impl Experts<LoraAdapter> for LoraExperts {
+    fn of(experts: Vec<LoraAdapter>) -> Self {
+        let factors = |of: fn(&LoraAdapter) -> Tensor<2>, dim| joined(experts.iter().map(of).collect(), dim);
+        let biases: Vec<_> =
+            experts.iter().filter_map(|expert| Some(expert.bias.as_ref()?.val().unsqueeze())).collect();
+        Self {
+            a: factors(|expert| expert.a.val(), 1),
+            b: factors(|expert| expert.b.val(), 0),
+            bias: (!biases.is_empty()).then(|| joined(biases, 0)),
+            scale: experts[0].scale,
+            dropout: experts[0].dropout.clone(),
+        }
+    }
+
+    fn sees(&self, end: &End<'_>) -> (Tensor<3>, Tensor<3>) {
+        (end.input.clone(), end.output.clone())
+    }
+
+    fn mixed(&self, seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
+        let ([batch, seq, d_in], a) = (seen.dims(), self.a.val());
+        let gates = gates.cast(a.dtype());
+        let x = self.dropout.forward(seen).reshape([batch * seq, d_in]).cast(a.dtype());
+        let y = low_rank_experts(x, a, self.b.val(), gates.clone(), self.scale); // [batch · seq, d_out]
+        let y = self.bias.iter().fold(y, |y, bias| y + gates.clone().matmul(bias.val()) * self.scale);
+        let d_out = y.dims()[1];
+        y.reshape([batch, seq, d_out])
+    }
+}
