@@ -11,7 +11,7 @@ use peft_lora::LoraConfig;
 use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};
 use peft_prompt::PrefixTuningConfig;
-use peft_union::HubUnion;
+use peft_union::AnyUnion;
 use serde_json::json;
 
 use crate::golden::{self, BOUND, deviation, floats, ints, testdata};
@@ -134,7 +134,7 @@ fn adapters_of_the_library_give_its_logits_and_go_back() {
             "LORA" => hold::<LoraConfig>(&case),
             "IA3" => hold::<Ia3Config>(&case),
             "PREFIX_TUNING" => hold::<PrefixTuningConfig>(&case),
-            "UNION" => hold::<HubUnion>(&case),
+            "UNION" => hold::<AnyUnion>(&case),
             _ => hold::<BottleneckConfig>(&case),
         }
         held += 1;

@@ -12,5 +12,6 @@ mod llama_adapter;
 mod packed;
 mod prompt_variants;
 mod prompts;
+mod published;
 mod training;
 mod union;

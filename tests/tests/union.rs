@@ -16,7 +16,7 @@ use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};
 use peft_prompt::PrefixTuningConfig;
 use peft_testkit::{Laws, Stack, fill_adapter, table};
-use peft_union::{HubUnion, Parts, mam, unipelt};
+use peft_union::{AnyUnion, Parts, mam, unipelt};
 use serde_json::json;
 
 use crate::golden::testdata;
@@ -72,9 +72,9 @@ fn a_place_has_room_for_one_part() {
 /// One list, however a union is nested, of as many parts as there are.
 #[test]
 fn the_parts_are_one_list() {
-    let types = |method: &HubUnion| {
+    let types = |method: &AnyUnion| {
         let json = serde_json::to_value(method).unwrap();
-        assert_eq!(&serde_json::from_value::<HubUnion>(json.clone()).unwrap(), method);
+        assert_eq!(&serde_json::from_value::<AnyUnion>(json.clone()).unwrap(), method);
         let parts = json["parts"].as_array().unwrap();
         parts.iter().map(|part| part["peft_type"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
@@ -83,7 +83,7 @@ fn the_parts_are_one_list() {
     let layers =
         Parts { lora: Some(lora()), ia3: Some(Ia3Config::new(Targets::modules(["down"]))), ..Parts::default() };
     assert_eq!(types(&layers.union()), ["LORA", "IA3"]);
-    let refused = |parts| serde_json::from_value::<HubUnion>(json!({ "parts": parts })).unwrap_err().to_string();
+    let refused = |parts| serde_json::from_value::<AnyUnion>(json!({ "parts": parts })).unwrap_err().to_string();
     assert!(refused(json!([{ "peft_type": "SSF" }])).contains("SSF"));
     assert!(refused(json!([{ "peft_type": "LORA" }, { "peft_type": "LORA" }])).contains("once"));
     let wrong = refused(json!([{ "peft_type": "LORA", "r": "four" }]));
@@ -96,7 +96,7 @@ fn base() -> Encoder {
 }
 
 /// Small enough for the tests' model, with a head.
-fn small() -> HubUnion {
+fn small() -> AnyUnion {
     let parts = Parts::unipelt(Targets::modules(["query", "value"]));
     let prefix = parts.prefix.map(|prefix| prefix.with_projection(8));
     let lora = parts.lora.map(|lora| {
@@ -159,7 +159,7 @@ fn a_mixture_is_one_adapter() {
     let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     save_adapter(&model, &method, None, first.path()).unwrap();
     assert_eq!(peft_type(first.path()).unwrap(), "UNION");
-    let (loaded, read) = load_adapter::<_, HubUnion>(base(), first.path()).unwrap();
+    let (loaded, read) = load_adapter::<_, AnyUnion>(base(), first.path()).unwrap();
     assert_eq!(read, method);
     assert_eq!(logits(&loaded), logits(&model));
     save_adapter(&loaded, &read, None, second.path()).unwrap();
@@ -169,7 +169,7 @@ fn a_mixture_is_one_adapter() {
     }
     // Without its encoder it is the same, with the prefix as the encoder left it.
     std::fs::remove_file(first.path().join(ENCODER_FILE)).unwrap();
-    let (loaded, _) = load_adapter::<_, HubUnion>(base(), first.path()).unwrap();
+    let (loaded, _) = load_adapter::<_, AnyUnion>(base(), first.path()).unwrap();
     let far = logits(&loaded).iter().zip(logits(&model)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(far < 1e-5, "{far}");
     let refused = merge(model.clone(), &method).unwrap_err().to_string();

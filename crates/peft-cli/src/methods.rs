@@ -27,7 +27,7 @@ use peft_prompt::{
 };
 use peft_quant::{Quantization, loftq_model};
 use peft_train::{AdapterOf, Trained};
-use peft_union::HubUnion;
+use peft_union::AnyUnion;
 use prompts::{bank, multitask, p_tuning, prefix, prompt};
 use union::{mam, unipelt};
 use whole::Whole;
@@ -228,7 +228,7 @@ pub const METHODS: &[Entry] = &[
         learning_rate: 3e-4,
         merges: false,
         build: |settings| Ok(Box::new(mam(settings)?)),
-        files: Some(&FilesOf::<HubUnion>(PhantomData)),
+        files: Some(&FilesOf::<AnyUnion>(PhantomData)),
     },
     Entry {
         name: "unipelt",
@@ -238,7 +238,7 @@ pub const METHODS: &[Entry] = &[
         learning_rate: 3e-4,
         merges: false,
         build: |settings| Ok(Box::new(unipelt(settings)?)),
-        files: Some(&FilesOf::<HubUnion>(PhantomData)),
+        files: Some(&FilesOf::<AnyUnion>(PhantomData)),
     },
     Entry {
         name: "molora",

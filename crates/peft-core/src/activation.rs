@@ -9,7 +9,7 @@ use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{End, KeysAndValues, Method, Prompt, Quantized, Reading};
+use crate::{End, Gated, KeysAndValues, Method, Prompt, Quantized, Reading};
 
 /// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
@@ -55,6 +55,11 @@ pub trait Activation {
     fn attended(&self, queries: Tensor<4>, project: KeysAndValues<'_>) -> Option<Tensor<3>> {
         let _ = (queries, project);
         None
+    }
+
+    /// The adapted feed-forward part on `x`, `[batch, seq, width]` to the same.
+    fn feed_forward(&self, x: Tensor<3>, parts: &Gated<'_>) -> Tensor<3> {
+        parts.forward(x)
     }
 
     /// Adapted embeddings, `[rows, width]`: what goes into the model's blocks in place of `x`.

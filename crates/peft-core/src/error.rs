@@ -112,7 +112,8 @@ pub enum Problem {
     /// The model has no layer of a kind that the method knows.
     #[error(
         "the model has no layer of the kinds {expected}; a SubLayer is a field of type `peft_core::SubLayer` in the model's blocks, which call its `end`, an \
-         Embedded one of type `peft_core::Embedded` behind its embeddings, and an Attended one of type `peft_core::Attended` in the attention of a decoder"
+         Embedded one of type `peft_core::Embedded` behind its embeddings, an Attended one of type `peft_core::Attended` in the attention of a decoder, and a FeedForward one of type \
+         `peft_core::FeedForward` in a gated feed-forward part"
     )]
     NoPlace {
         /// Kinds that would do.

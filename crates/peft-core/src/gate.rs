@@ -2,6 +2,9 @@
 //!
 //! - formula: `s = mean over positions of σ(x·G + g)`, `G: [d_in, outputs]`: `outputs` numbers a row, between zero and one
 //! - source: Mao et al. 2022, arXiv:2110.07577, section 3.2; the mean, which takes in padding too, is that of AdapterHub's `adapters`
+//!
+//! The mean is over the whole row, so in a decoder a token's gate knows what comes after it: it is for models that read a text whole. A decoder takes it
+//! all the same where `adapters` does, so that its files load.
 
 use burn::module::Module;
 use burn::tensor::{Tensor, activation};

@@ -29,11 +29,13 @@ pub enum LayerKind {
     Prompts,
     /// [`Attended`](crate::Attended): no weight at all, but the place beside the result of a decoder's attention.
     Attended,
+    /// [`FeedForward`](crate::FeedForward): no weight at all, but the place around a gated feed-forward part, from its width to its inner one.
+    FeedForward,
 }
 
 impl LayerKind {
     /// All of them.
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Linear,
         Self::Conv1D,
         Self::Embedding,
@@ -44,6 +46,7 @@ impl LayerKind {
         Self::Embedded,
         Self::Prompts,
         Self::Attended,
+        Self::FeedForward,
     ];
 
     fn of(container: &str) -> Option<Self> {
@@ -58,6 +61,7 @@ impl LayerKind {
             "Struct:Embedded" => Some(Self::Embedded),
             "Struct:Prompts" => Some(Self::Prompts),
             "Struct:Attended" => Some(Self::Attended),
+            "Struct:FeedForward" => Some(Self::FeedForward),
             _ => None,
         }
     }
@@ -69,7 +73,7 @@ impl LayerKind {
 
     /// Whether it is there only for an adapter to sit in.
     pub fn is_place(self) -> bool {
-        matches!(self, Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended)
+        matches!(self, Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended | Self::FeedForward)
     }
 
     /// The name of the parameter that an adapter of such a layer sits in.
@@ -77,7 +81,7 @@ impl LayerKind {
         match self {
             Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
             Self::LayerNorm | Self::RmsNorm => "gamma",
-            Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended => PLACE,
+            Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended | Self::FeedForward => PLACE,
         }
     }
 
@@ -87,7 +91,7 @@ impl LayerKind {
             return None;
         }
         match (self, shape) {
-            (Self::Linear | Self::Conv1D | Self::Embedding, [d_in, d_out]) => Some((*d_in, *d_out)),
+            (Self::Linear | Self::Conv1D | Self::Embedding | Self::FeedForward, [d_in, d_out]) => Some((*d_in, *d_out)),
             (Self::LayerNorm | Self::RmsNorm, [width]) => Some((*width, *width)),
             (place, [width]) if place.is_place() => Some((*width, *width)),
             (Self::Conv2d, [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),

@@ -89,13 +89,13 @@ impl SparseMlp {
 
     /// `[batch, seq, hidden]` to the same, and what the router did.
     pub(crate) fn forward(&self, x: Tensor<3>) -> (Tensor<3>, Routed) {
-        let dims = x.dims();
+        let (dims, whole) = (x.dims(), x.clone());
         let x = x.flatten::<2>(0, 1); // [tokens, hidden]
         let (routed, weights) = self.route(x.clone());
         let mut y = self.experts.forward(x.clone(), &routed.chosen, weights);
         if let Some(shared) = &self.shared {
-            let open = self.shared_expert_gate.as_ref().map(|gate| sigmoid(linear(gate, x.clone()))); // [tokens, 1]
-            let shared = shared.forward(x);
+            let open = self.shared_expert_gate.as_ref().map(|gate| sigmoid(linear(gate, x))); // [tokens, 1]
+            let shared = shared.forward(whole).flatten(0, 1);
             y = y + open.map_or(shared.clone(), |open| shared * open);
         }
         (y.reshape(dims), routed)

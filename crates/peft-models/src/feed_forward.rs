@@ -4,7 +4,7 @@ use burn::module::{Initializer, Module};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 use peft_core::kernels::{Nonlinearity, gated};
-use peft_core::linear;
+use peft_core::{FeedForward as Whole, Gated, Named, linear};
 
 use crate::config::LlamaConfig;
 use crate::experts::{Routed, SparseMlp};
@@ -23,6 +23,7 @@ pub(crate) struct LlamaMlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    whole: Named<Whole>,
 }
 
 /// Weights as they are before training.
@@ -60,11 +61,17 @@ impl LlamaMlp {
             gate_proj: proj(hidden, inner, bias, device),
             up_proj: proj(hidden, inner, bias, device),
             down_proj: proj(inner, hidden, bias, device),
+            whole: Whole::new(hidden, inner, device),
         }
     }
 
-    pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let (gate, up) = (linear(&self.gate_proj, x.clone()), linear(&self.up_proj, x));
-        linear(&self.down_proj, gated(gate, up, Nonlinearity::Silu))
+    pub(crate) fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let parts = Gated {
+            gate: &|x| linear(&self.gate_proj, x),
+            up: &|x| linear(&self.up_proj, x),
+            inner: &|gate, up| gated(gate, up, Nonlinearity::Silu),
+            down: &|inner| linear(&self.down_proj, inner),
+        };
+        self.whole.forward(x, &parts)
     }
 }

@@ -11,13 +11,13 @@ use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::Values;
 use peft_core::{
-    Activation, AdapterFile, Auxiliary, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part,
-    Result, Site, Targets, say_auxiliary,
+    Activation, AdapterFile, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part, Result, Site,
+    Targets,
 };
 use peft_lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::balance::{Balance, entropy, load};
+use crate::balance::Balance;
 use crate::router::{Level, Look, Router, RouterConfig};
 
 /// Configuration of a mixture of adapters of one method.
@@ -105,11 +105,17 @@ impl<M: Method> MixtureConfig<M> {
         Self { num_shared, ..self }
     }
 
+    /// The router of one place with so many experts.
+    pub(crate) fn router_at(&self, site: &Site, experts: usize, seed: u64) -> Router {
+        let look = Look { level: self.level, temperature: self.temperature, jitter: self.jitter };
+        Router::new(&self.router, look, &self.balance, site, experts, !seed)
+    }
+
     /// How many experts a layer has.
     ///
     /// # Errors
     /// When layers have numbers of their own, and this one has none.
-    fn experts_at(&self, path: &str) -> Result<usize> {
+    pub(crate) fn experts_at(&self, path: &str) -> Result<usize> {
         if self.experts_per_layer.is_empty() {
             return Ok(self.num_experts);
         }
@@ -128,28 +134,13 @@ pub struct MixtureAdapter<E: Module, A: Module> {
     experts: E,
     shared: Vec<A>,
     router: Router,
-    #[module(skip)]
-    routing: RouterConfig,
-    #[module(skip)]
-    look: Look,
-    #[module(skip)]
-    balance: Balance,
-    /// Of the layer, for what is said of it.
-    #[module(skip)]
-    path: String,
 }
 
 impl<E: Experts<A>, A: Part> MixtureAdapter<E, A> {
     fn end(&self, end: End<'_>) -> Tensor<3> {
         let (seen, residual) = self.experts.sees(&end);
-        let ([batch, seq, _], dtype) = (seen.dims(), residual.dtype());
-        let routing = self.router.route(&self.routing, self.look, end.input.clone());
-        say_auxiliary(|| {
-            let load = load(&routing);
-            let loss = self.balance.loss(&routing, &load, [batch, seq]);
-            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing) }
-        });
-        let mixed = self.experts.mixed(seen.clone(), routing.gates);
+        let (dtype, gates) = (residual.dtype(), self.router.route(end.input.clone()).gates);
+        let mixed = self.experts.mixed(seen.clone(), gates);
         let shared = self.shared.iter().map(|expert| expert.update(seen.clone()));
         let update = shared.fold(mixed, |sum, update| sum + update);
         self.experts.close(residual + update.cast(dtype), end)
@@ -232,10 +223,7 @@ impl<M: Composable> Method for MixtureConfig<M> {
         let expert = |number: usize| self.expert.init(site, seed.wrapping_add(number as u64));
         let experts = Experts::of((0..count).map(expert).collect::<Result<_>>()?);
         let shared = (count..count + self.num_shared).map(expert).collect::<Result<_>>()?;
-        let router = self.router.init(site, count, &mut site.rng(!seed));
-        let look = Look { level: self.level, temperature: self.temperature, jitter: self.jitter };
-        let (routing, balance) = (self.router.clone(), self.balance.clone());
-        Ok(MixtureAdapter { experts, shared, router, routing, look, balance, path: site.path.clone() })
+        Ok(MixtureAdapter { experts, shared, router: self.router_at(site, count, seed) })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

@@ -4,7 +4,7 @@ use peft_adapter::Ia3Config;
 use peft_core::Targets;
 use peft_lora::LoraConfig;
 
-use crate::{Balance, MixtureConfig, RouterConfig};
+use crate::{Balance, MixLoraConfig, MixtureConfig, Projection, RouterConfig};
 
 /// `MoLoRA`: 10 `LoRA`s of rank 4, all of them as far as the router likes them. Zadouri et al. 2023, arXiv:2309.05444, section 3.
 pub fn molora(targets: Targets) -> MixtureConfig<LoraConfig> {
@@ -21,6 +21,15 @@ pub fn loramoe(targets: Targets) -> MixtureConfig<LoraConfig> {
     let expert = LoraConfig::new(4, targets).with_alpha(32.0).with_dropout(0.05);
     let balance = Balance { localised: 0.1, delta: 0.1, groups: 2, ..Balance::default() };
     MixtureConfig::new(expert, 6, RouterConfig::Soft).with_balance(balance)
+}
+
+/// `MixLoRA`: the best two of 8 feed-forward parts with `LoRA`s of rank 16 each. Li et al. 2024, arXiv:2404.15159, section 4; attention has a `LoRA` of its own there, by a
+/// [`Union`](peft_core::Union).
+pub fn mixlora(targets: Targets) -> MixLoraConfig {
+    let expert = LoraConfig::new(16, targets).with_alpha(32.0).with_dropout(0.05);
+    let balance = Balance { load: 0.01, ..Balance::default() };
+    let mixture = MixtureConfig::new(expert, 8, RouterConfig::TopK { k: 2 }).with_balance(balance);
+    MixLoraConfig { mixture, projections: Projection::ALL.to_vec() }
 }
 
 /// `MOELoRA`: 8 `LoRA`s of rank 2, mixed by the task of a row; one `LoRA` for each task afterwards, see [`task_lora`](crate::task_lora). Liu et al. 2023, arXiv:2310.18339, section 4.

@@ -9,9 +9,10 @@
 use burn::module::{Module, Param};
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Distribution, Int, Tensor};
-use peft_core::{Error, Result, Site, tasks};
-use rand::Rng;
+use peft_core::{Auxiliary, Error, Result, Site, say_auxiliary, tasks};
 use serde::{Deserialize, Serialize};
+
+use crate::balance::{Balance, entropy, load};
 
 /// What opens gates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,13 +52,22 @@ pub enum Level {
     Sequence,
 }
 
-/// A router's parameters.
+/// What opens the gates of one place.
 #[derive(Module, Debug)]
 pub struct Router {
     /// `W`, `[d_in, experts]`, or `[embedding_dim, experts]` of a task router.
     weight: Param<Tensor<2>>,
     /// Of tasks, `[num_tasks, embedding_dim]`.
     embeddings: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    config: RouterConfig,
+    #[module(skip)]
+    look: Look,
+    #[module(skip)]
+    balance: Balance,
+    /// Of the place, for what is said of it.
+    #[module(skip)]
+    path: String,
 }
 
 /// What a router says of the rows of a batch.
@@ -74,7 +84,7 @@ pub struct Routing {
 }
 
 /// How a router looks at its input.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Look {
     pub(crate) level: Level,
     pub(crate) temperature: f64,
@@ -96,15 +106,12 @@ impl RouterConfig {
         }
     }
 
-    /// The router of one layer, which starts undecided.
-    pub(crate) fn init(&self, site: &Site, experts: usize, rng: &mut impl Rng) -> Router {
-        const STD: f32 = 0.02;
+    /// How many gates of a row are open at most, of `experts`.
+    pub(crate) fn most_open(&self, experts: usize) -> usize {
         match self {
-            Self::Task { num_tasks, embedding_dim } => Router {
-                weight: site.normal([*embedding_dim, experts], STD, rng),
-                embeddings: Some(site.normal([*num_tasks, *embedding_dim], 1.0, rng)),
-            },
-            _ => Router { weight: site.normal([site.d_in, experts], STD, rng), embeddings: None },
+            Self::TopK { k } => *k.min(&experts),
+            Self::Switch => 1,
+            Self::Soft | Self::TopP { .. } | Self::Task { .. } => experts,
         }
     }
 
@@ -130,23 +137,65 @@ fn making_up(probabilities: &Tensor<2>, p: f64) -> Tensor<2> {
 
 /// 1 for the `k` largest of each row, the first of equals.
 fn best(probabilities: &Tensor<2>, k: usize) -> Tensor<2> {
+    one_by_one(probabilities, k).into_iter().reduce(|open, chosen| open + chosen).expect("one at least")
+}
+
+/// 1 for the largest of each row; then for the second; and so on until the `k`-th, the first of equals before the others.
+pub(crate) fn one_by_one(probabilities: &Tensor<2>, k: usize) -> Vec<Tensor<2>> {
     let [rows, experts] = probabilities.dims();
     let device = probabilities.device();
     let numbers = Tensor::<1, Int>::arange(0..experts as i64, &device).unsqueeze::<2>().expand([rows, experts]);
-    let (mut left, mut open) = (probabilities.clone().detach(), probabilities.zeros_like());
-    for _ in 0..k.min(experts) {
+    let mut left = probabilities.clone().detach();
+    let next = |_| {
         let chosen = numbers.clone().equal(left.clone().argmax(1).expand([rows, experts])).float().cast(left.dtype());
         // Below every probability, so that it is not the largest again.
-        left = left - chosen.clone() * 2.0;
-        open = open + chosen;
-    }
-    open
+        left = left.clone() - chosen.clone() * 2.0;
+        chosen
+    };
+    (0..k.min(experts)).map(next).collect()
 }
 
 impl Router {
-    /// Gates for `x` `[batch, seq, d_in]`.
-    pub(crate) fn route(&self, config: &RouterConfig, look: Look, x: Tensor<3>) -> Routing {
-        let [batch, seq, d_in] = x.dims();
+    /// The router of one place, which starts undecided.
+    pub(crate) fn new(
+        config: &RouterConfig,
+        look: Look,
+        balance: &Balance,
+        site: &Site,
+        experts: usize,
+        seed: u64,
+    ) -> Self {
+        const STD: f32 = 0.02;
+        let mut rng = site.rng(seed);
+        let (width, embeddings) = match config {
+            RouterConfig::Task { num_tasks, embedding_dim } => {
+                (*embedding_dim, Some(site.normal([*num_tasks, *embedding_dim], 1.0, &mut rng)))
+            }
+            _ => (site.d_in, None),
+        };
+        let weight = site.normal([width, experts], STD, &mut rng);
+        Self { weight, embeddings, config: config.clone(), look, balance: balance.clone(), path: site.path.clone() }
+    }
+
+    /// Gates for `x` `[batch, seq, d_in]`; says what they are to who listens.
+    pub(crate) fn route(&self, x: Tensor<3>) -> Routing {
+        let [batch, seq, _] = x.dims();
+        let routing = self.decide(x);
+        say_auxiliary(|| {
+            let load = load(&routing);
+            let loss = self.balance.loss(&routing, &load, [batch, seq]);
+            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing) }
+        });
+        routing
+    }
+
+    /// How many gates of a row are open at most.
+    pub(crate) fn most_open(&self) -> usize {
+        self.config.most_open(self.weight.lazy_shape()[1])
+    }
+
+    fn decide(&self, x: Tensor<3>) -> Routing {
+        let ([batch, seq, d_in], Self { config, look, .. }) = (x.dims(), self);
         let weight = self.weight.val();
         let dtype = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let weight = weight.cast(dtype);

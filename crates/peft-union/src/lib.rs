@@ -1,19 +1,28 @@
 //! Methods of several kinds as one adapter: a prefix in front of the blocks, bottlenecks between them, `LoRA` or (IA)³ in their layers.
 //!
 //! - MAM: [`Parts::mam`], a prefix and bottlenecks beside feed-forward. He et al. 2022, arXiv:2110.04366, section 4
+//! - `MixLoRA`: [`Parts::mixlora_with`], mixtures of feed-forward parts and plain `LoRA` on attention. Li et al. 2024, arXiv:2404.15159, section 3
 //! - `UniPELT`: [`Parts::unipelt`], a prefix, bottlenecks after feed-forward and `LoRA`, each with a gate. Mao et al. 2022, arXiv:2110.07577, section 3.2
 //!
 //! Prefixes are AdapterHub's, whose folders of unions are these: the text's positions are those that it has without them.
 
+mod published;
+
 use peft_adapter::{BottleneckConfig, Ia3Config};
-use peft_core::{Targets, Union};
+use peft_core::{Method, Targets, Union};
 use peft_lora::LoraConfig;
+use peft_moe::{MixLoraConfig, MixtureConfig};
 use peft_prompt::{Gating, PrefixTuningConfig};
 
-/// A union of methods that AdapterHub has, each of them at most once.
-pub type HubUnion = Union<PrefixTuningConfig, Union<BottleneckConfig, Union<LoraConfig, Ia3Config>>>;
+pub use self::published::{PUBLISHED, read_published};
 
-/// What a [`HubUnion`] is made of.
+/// A union of methods, each of them at most once; the first four are those that AdapterHub has.
+pub type AnyUnion = Union<PrefixTuningConfig, Union<BottleneckConfig, Union<LoraConfig, InLayers>>>;
+
+/// What else there is in layers.
+pub type InLayers = Union<Ia3Config, Union<MixtureConfig<LoraConfig>, MixLoraConfig>>;
+
+/// What a [`AnyUnion`] is made of.
 ///
 /// ```
 /// use burn::{module::Module, nn::{Linear, LinearConfig}, tensor::Device};
@@ -47,6 +56,10 @@ pub struct Parts {
     pub lora: Option<LoraConfig>,
     /// In others.
     pub ia3: Option<Ia3Config>,
+    /// In others, several `LoRA`s and a router.
+    pub mixture: Option<MixtureConfig<LoraConfig>>,
+    /// Around feed-forward parts.
+    pub mixlora: Option<MixLoraConfig>,
 }
 
 impl Parts {
@@ -67,25 +80,37 @@ impl Parts {
             prefix: Some(prefix.with_gating(Gating::Shared)),
             bottleneck: Some(BottleneckConfig { use_gating: true, ..BottleneckConfig::pfeiffer(16.0) }),
             lora: Some(LoraConfig { use_gating: true, ..LoraConfig::new(8, targets).with_alpha(2.0) }),
-            ia3: None,
+            ..Self::default()
         }
     }
 
+    /// `MixLoRA` with its feed-forward parts and a plain `LoRA` of the same rank on `targets`, the projections of attention.
+    pub fn mixlora_with(mixlora: MixLoraConfig, targets: Targets) -> Self {
+        let lora = LoraConfig { targets, ..mixlora.mixture.expert.clone() };
+        Self { lora: Some(lora), mixlora: Some(mixlora), ..Self::default() }
+    }
+
     /// All of them as one method.
-    pub fn union(self) -> HubUnion {
-        let of_layers = (self.lora.is_some() || self.ia3.is_some()).then(|| Union::new(self.lora, self.ia3));
-        let in_blocks =
-            (self.bottleneck.is_some() || of_layers.is_some()).then(|| Union::new(self.bottleneck, of_layers));
+    pub fn union(self) -> AnyUnion {
+        let routed = both(self.mixture, self.mixlora);
+        let others = both(self.ia3, routed);
+        let of_layers = both(self.lora, others);
+        let in_blocks = both(self.bottleneck, of_layers);
         Union::new(self.prefix, in_blocks)
     }
 }
 
+/// A union of what there is; nothing of nothing.
+fn both<A: Method, B: Method>(first: Option<A>, second: Option<B>) -> Option<Union<A, B>> {
+    (first.is_some() || second.is_some()).then(|| Union::new(first, second))
+}
+
 /// [`Parts::mam`] as one method.
-pub fn mam() -> HubUnion {
+pub fn mam() -> AnyUnion {
     Parts::mam().union()
 }
 
 /// [`Parts::unipelt`] as one method.
-pub fn unipelt(targets: Targets) -> HubUnion {
+pub fn unipelt(targets: Targets) -> AnyUnion {
     Parts::unipelt(targets).union()
 }

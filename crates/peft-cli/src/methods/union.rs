@@ -5,7 +5,7 @@ use peft_adapter::ReductionFactor;
 use peft_core::{Targets, attach};
 use peft_models::ModelFiles;
 use peft_train::{AdapterOf, Trained};
-use peft_union::{HubUnion, Parts};
+use peft_union::{AnyUnion, Parts};
 
 use super::configure::{initial, only, refuse_targets, targets};
 use super::prompts::besides;
@@ -18,7 +18,7 @@ const OF_BOTH: [&str; 3] = ["num-virtual-tokens", "encoder-hidden-size", "reduct
 
 /// A union, with the layers that the user chooses for a part of it.
 pub(super) struct Mixed {
-    method: HubUnion,
+    method: AnyUnion,
     layers: Option<Targets>,
 }
 

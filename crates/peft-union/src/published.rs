@@ -1,0 +1,239 @@
+//! Mixtures of `LoRA` in the layout of `MixLoRA`'s and `MoE-PEFT`'s libraries: `adapter_config.json` with `peft_type` `MIXLORA`, `LORAMOE` or `MOLA`, and
+//! `adapter_model.bin` or `.safetensors`.
+//!
+//! Keys there, with `K` the lower-case `peft_type`: `K.layers.N.self_attn.q_proj.lora_A.weight` of a plain `LoRA`, `K.layers.N.mlp.gate_proj.experts.E.lora_A.weight` of
+//! an expert, and of routers `K.layers.N.mlp.moe_gate.weight` (`MixLoRA`) or `K.layers.N.mlp.gate_proj.moe_gate.weight`. The first releases of `MixLoRA` have
+//! `layers.N.gate.weight` and `layers.N.experts.E.w1_proj.lora_A.weight`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use peft_core::files::{CONFIG_FILE, TENSOR_FILE, Values, read_torch, read_values};
+use peft_core::{AdapterFile, Error, Problem, Result, Targets};
+use peft_lora::LoraConfig;
+use peft_moe::{Balance, MixLoraConfig, MixtureConfig, Projection, RouterConfig};
+use serde::Deserialize;
+
+use crate::{AnyUnion, Parts};
+
+/// The `peft_type`s that [`read_published`] reads.
+pub const PUBLISHED: [&str; 3] = ["MIXLORA", "LORAMOE", "MOLA"];
+
+const TORCH_FILE: &str = "adapter_model.bin";
+
+/// The module that `MixLoRA` mixes, and the projections of it by their names and those of the first releases.
+const FEED_FORWARD: &str = "mlp";
+const PROJECTIONS: [(&str, &str, &str, Projection); 3] = [
+    ("gate_proj", "w1_proj", "gate", Projection::Gate),
+    ("up_proj", "w3_proj", "up", Projection::Up),
+    ("down_proj", "w2_proj", "down", Projection::Down),
+];
+
+/// What is read of `adapter_config.json`.
+#[derive(Deserialize)]
+struct Published {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
+    bias: Option<String>,
+    routing_strategy: String,
+    num_experts: usize,
+    top_k: Option<usize>,
+    expert_lora: Option<ExpertLora>,
+    router_aux_loss_coef: Option<f64>,
+    base_model_name_or_path: Option<String>,
+    task_type: Option<String>,
+}
+
+/// What experts have instead.
+#[derive(Deserialize)]
+struct ExpertLora {
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f64,
+}
+
+/// Reads a folder that a library of `MixLoRA`'s authors wrote, as a union of plain `LoRA` and of mixtures.
+///
+/// # Errors
+/// When a file is missing or malformed, asks for something that is not built, or an expert is missing.
+pub fn read_published(dir: &Path) -> Result<AdapterFile<AnyUnion>> {
+    let path = dir.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let config: Published = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
+    config.check()?;
+    let safe = dir.join(TENSOR_FILE);
+    let torch = dir.join(TORCH_FILE);
+    let (read, path) = if safe.exists() { (read_values(&safe)?, safe) } else { (read_torch(&torch)?, torch) };
+    let mut tensors = Tensors::default();
+    for (key, values) in read {
+        tensors.take(&config, &key, values);
+    }
+    tensors.join_experts(config.num_experts);
+    let Tensors { joined, plain, mixed, problems, .. } = tensors;
+    if !problems.is_empty() {
+        return Err(Error::Tensors { path, problems });
+    }
+    let method = config.parts(plain, mixed).union();
+    let Published { base_model_name_or_path, task_type, .. } = config;
+    Ok(AdapterFile { method, base_model: base_model_name_or_path, task_type, base_fingerprint: None, tensors: joined })
+}
+
+impl Published {
+    fn check(&self) -> Result<()> {
+        if !PUBLISHED.contains(&self.peft_type.as_str()) {
+            return Err(Error::config("peft_type", PUBLISHED.join(", "), &self.peft_type));
+        }
+        // The first releases of `MixLoRA` named it after Mixtral's.
+        let strategy = if self.routing_strategy == "mixtral" { "mixlora" } else { &self.routing_strategy };
+        if strategy != self.peft_type.to_lowercase() {
+            let expected = format!("{}: no other way of routing is read", self.peft_type.to_lowercase());
+            return Err(Error::config("routing_strategy", expected, &self.routing_strategy));
+        }
+        if self.use_dora {
+            return Err(Error::config("use_dora", "false: DoRA is not built", true));
+        }
+        match self.bias.as_deref() {
+            None | Some("none") => Ok(()),
+            Some(bias) => Err(Error::config("bias", "none", bias)),
+        }
+    }
+
+    fn mixes_whole_parts(&self) -> bool {
+        self.peft_type == "MIXLORA"
+    }
+
+    /// The methods, on layers of these names.
+    fn parts(&self, plain: BTreeSet<String>, mixed: BTreeSet<String>) -> Parts {
+        let lora = |rank, alpha, dropout, names: BTreeSet<String>| LoraConfig {
+            use_rslora: self.use_rslora,
+            ..LoraConfig::new(rank, Targets::modules(names)).with_alpha(alpha).with_dropout(dropout)
+        };
+        let expert = match &self.expert_lora {
+            Some(ExpertLora { r, lora_alpha, lora_dropout }) => (*r, *lora_alpha, *lora_dropout),
+            None => (self.r, self.lora_alpha, self.lora_dropout),
+        };
+        let router = match self.peft_type.as_str() {
+            "LORAMOE" => RouterConfig::Soft,
+            _ => RouterConfig::TopK { k: self.top_k.unwrap_or(2) },
+        };
+        let balance = Balance { load: self.router_aux_loss_coef.unwrap_or(0.0), ..Balance::default() };
+        let mixture = |names| {
+            let expert = lora(expert.0, expert.1, expert.2, names);
+            MixtureConfig::new(expert, self.num_experts, router.clone()).with_balance(balance.clone())
+        };
+        let mut parts = Parts::default();
+        if !plain.is_empty() {
+            parts.lora = Some(lora(self.r, self.lora_alpha, self.lora_dropout, plain));
+        }
+        if self.mixes_whole_parts() {
+            let named =
+                |(_, _, field, projection): &(_, _, &str, Projection)| mixed.contains(*field).then_some(*projection);
+            let projections = PROJECTIONS.iter().filter_map(named).collect();
+            let mixture = mixture(BTreeSet::from([FEED_FORWARD.to_owned()]));
+            parts.mixlora = Some(MixLoraConfig { mixture, projections });
+        } else {
+            parts.mixture = Some(mixture(mixed));
+        }
+        parts
+    }
+}
+
+/// Tensors under way to their own keys.
+#[derive(Default)]
+struct Tensors {
+    joined: BTreeMap<String, Values>,
+    /// Factors of experts by their key and by number.
+    experts: BTreeMap<String, BTreeMap<usize, Values>>,
+    /// Layers that have a plain `LoRA`.
+    plain: BTreeSet<String>,
+    /// Layers, or projections, that have experts.
+    mixed: BTreeSet<String>,
+    problems: Vec<Problem>,
+}
+
+impl Tensors {
+    fn take(&mut self, config: &Published, key: &str, values: Values) {
+        let kind = config.peft_type.to_lowercase();
+        let parts: Vec<&str> = key.split('.').collect();
+        let [first, "layers", layer, inner @ ..] = &parts[..] else { return self.unknown(key) };
+        let layer = format!("model.layers.{layer}");
+        let whole = config.mixes_whole_parts();
+        let field = |name: &str| {
+            let named = PROJECTIONS.iter().find(|(new, old, ..)| *new == name || *old == name);
+            named.map(|(_, _, field, _)| (*field).to_owned())
+        };
+        match inner {
+            _ if *first != kind => self.unknown(key),
+            ["gate", "weight"] | [FEED_FORWARD, "moe_gate", "weight"] if whole => {
+                self.joined.insert(format!("{layer}.{FEED_FORWARD}.router.weight"), values);
+            }
+            [block, name, "moe_gate", "weight"] if !whole => {
+                self.joined.insert(format!("{layer}.{block}.{name}.router.weight"), values);
+            }
+            ["experts", number, name, factor, "weight"] | [FEED_FORWARD, name, "experts", number, factor, "weight"]
+                if whole =>
+            {
+                let Some(field) = field(name) else { return self.unknown(key) };
+                let to = format!("{layer}.{FEED_FORWARD}.experts.{field}.{factor}.weight");
+                self.expert(key, to, number, values);
+                self.mixed.insert(field);
+            }
+            [block, name, "experts", number, factor, "weight"] if !whole => {
+                self.expert(key, format!("{layer}.{block}.{name}.experts.{factor}.weight"), number, values);
+                self.mixed.insert((*name).to_owned());
+            }
+            [block, name, factor @ ("lora_A" | "lora_B"), "weight"] => {
+                self.joined.insert(format!("{layer}.{block}.{name}.{factor}.weight"), values);
+                self.plain.insert((*name).to_owned());
+            }
+            _ => self.unknown(key),
+        }
+    }
+
+    fn unknown(&mut self, key: &str) {
+        self.problems.push(Problem::Unknown { name: key.to_owned() });
+    }
+
+    fn expert(&mut self, key: &str, to: String, number: &str, values: Values) {
+        match number.parse() {
+            Ok(number) => drop(self.experts.entry(to).or_default().insert(number, values)),
+            Err(_) => self.unknown(key),
+        }
+    }
+
+    /// Puts the factors of experts side by side: `A` by rows, `B` by columns, as a file has them.
+    fn join_experts(&mut self, count: usize) {
+        for (key, experts) in std::mem::take(&mut self.experts) {
+            let whole = (0..count).all(|number| experts.contains_key(&number)) && experts.len() == count;
+            let shape = experts.values().next().map(|first| first.shape.clone()).unwrap_or_default();
+            let alike = experts.values().all(|expert| expert.shape == shape);
+            let ([rows, columns], true, true) = (&shape[..], whole, alike) else {
+                let found = experts.iter().map(|(number, values)| format!("{number} {:?}", values.shape));
+                let what =
+                    format!("expected {count} experts of one shape, found {}", found.collect::<Vec<_>>().join(", "));
+                self.problems.push(Problem::Other { path: key, what });
+                continue;
+            };
+            let joined = if key.ends_with("lora_A.weight") {
+                let values = experts.values().flat_map(|expert| expert.values.iter().copied()).collect();
+                Values { shape: vec![count * rows, *columns], values }
+            } else {
+                let row = |row: usize| {
+                    experts
+                        .values()
+                        .flat_map(move |expert| expert.values[row * columns..(row + 1) * columns].iter().copied())
+                };
+                Values { shape: vec![*rows, count * columns], values: (0..*rows).flat_map(row).collect() }
+            };
+            self.joined.insert(key, joined);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Mixtures in the layout of `MixLoRA`'s authors: the logits of their formulas, and files that do not fit.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use peft_core::{AdapterFile, Peft as _, Strictness, load_adapter};
+use peft_models::load::{Packing, Precision};
+use peft_models::{CausalLm, ModelSource, Pretrained};
+use peft_union::{AnyUnion, read_published};
+use serde_json::{Value, json};
+
+use crate::golden::{BOUND, deviation, floats, logits, testdata};
+
+fn dir(case: &str) -> PathBuf {
+    testdata().join("mixtures").join(case)
+}
+
+fn base() -> CausalLm {
+    let source = ModelSource::Dir(testdata().join("models/llama"));
+    Pretrained::load_with(&source, &Packing::AsStored, Precision::F32, &Device::flex()).unwrap().model
+}
+
+#[track_caller]
+fn assert_logits(case: &str, model: &CausalLm) {
+    let golden = dir(case).join("logits.safetensors");
+    let found = deviation(&logits(model, &golden), &floats(&golden, "logits"));
+    assert!(found < BOUND, "{case}: {found}");
+}
+
+#[test]
+fn logits_are_those_of_the_formulas() {
+    let cases = ["mixlora/plain", "mixlora/rslora", "mixlora/experts_only", "mixlora/legacy", "loramoe/plain", "mola/plain"];
+    for case in cases {
+        let file = read_published(&dir(case)).unwrap();
+        let model = base().attach(&file.method).unwrap();
+        let model = file.clone().fill(model, &dir(case), Strictness::default()).unwrap();
+        assert_logits(case, &model);
+        // And as a file of this project's own.
+        let own = tempfile::tempdir().unwrap();
+        file.write(own.path()).unwrap();
+        assert_logits(case, &load_adapter::<_, AnyUnion>(base(), own.path()).unwrap().0);
+    }
+}
+
+/// A copy of a case with a field of its configuration changed.
+fn refused(case: &str, field: &str, value: Value) -> String {
+    let copy = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(dir(case).join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config[field] = value;
+    std::fs::write(copy.path().join("adapter_config.json"), config.to_string()).unwrap();
+    std::fs::copy(dir(case).join("adapter_model.bin"), copy.path().join("adapter_model.bin")).unwrap();
+    read_published(copy.path()).map(|_: AdapterFile<AnyUnion>| ()).unwrap_err().to_string()
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let case = "mixlora/plain";
+    assert!(refused(case, "peft_type", json!("LORA")).contains("MIXLORA, LORAMOE, MOLA"));
+    assert!(refused(case, "routing_strategy", json!("mixlora-switch")).contains("mixlora: no other way of routing"));
+    assert!(refused(case, "use_dora", json!(true)).contains("DoRA is not built"));
+    assert!(refused(case, "bias", json!("all")).contains("bias"));
+    assert!(refused("mola/plain", "peft_type", json!("LORAMOE")).contains("routing_strategy"));
+    // Five experts of which the file has four.
+    let missing = refused(case, "num_experts", json!(5));
+    assert!(missing.contains("model.layers.0.mlp.experts.down.lora_A.weight: expected 5 experts"), "{missing}");
+    let missing = read_published(Path::new("nowhere")).unwrap_err().to_string();
+    assert!(missing.contains("adapter_config.json"), "{missing}");
+}
