@@ -29,7 +29,8 @@ fn assert_logits(case: &str, model: &CausalLm) {
 
 #[test]
 fn logits_are_those_of_the_formulas() {
-    let cases = ["mixlora/plain", "mixlora/rslora", "mixlora/experts_only", "mixlora/legacy", "loramoe/plain", "mola/plain"];
+    let cases =
+        ["mixlora/plain", "mixlora/rslora", "mixlora/experts_only", "mixlora/legacy", "loramoe/plain", "mola/plain"];
     for case in cases {
         let file = read_published(&dir(case)).unwrap();
         let model = base().attach(&file.method).unwrap();

@@ -135,18 +135,25 @@ impl Method for MixLoraConfig {
         field.split_once('.').is_some_and(|(_, field)| LoraConfig::is_fast(field))
     }
 
-    /// Those of the router.
-    fn tensors(kind: LayerKind) -> &'static [FileTensor] {
-        MixtureConfig::<LoraConfig>::tensors(kind)
-    }
-
-    fn key(kind: LayerKind, field: &str) -> Option<(String, bool)> {
-        let (part, inner) = field.split_once('.')?;
-        if part == "router" {
-            return MixtureConfig::<LoraConfig>::key(kind, field);
+    fn tensors(_kind: LayerKind) -> &'static [FileTensor] {
+        const fn tensor(field: &'static str, key: &'static str, transposed: bool) -> FileTensor {
+            FileTensor { field, key, transposed }
         }
-        let (key, transposed) = LoraConfig::key(LayerKind::Linear, inner)?;
-        Some((format!("experts.{part}.{key}"), transposed))
+        &const {
+            [
+                tensor("router.weight", "router.weight", true),
+                tensor("router.embeddings", "router.task_embeddings", false),
+                tensor("gate.a", "experts.gate.lora_A.weight", true),
+                tensor("gate.b", "experts.gate.lora_B.weight", true),
+                tensor("gate.bias", "experts.gate.lora_B.bias", false),
+                tensor("up.a", "experts.up.lora_A.weight", true),
+                tensor("up.b", "experts.up.lora_B.weight", true),
+                tensor("up.bias", "experts.up.lora_B.bias", false),
+                tensor("down.a", "experts.down.lora_A.weight", true),
+                tensor("down.b", "experts.down.lora_B.weight", true),
+                tensor("down.bias", "experts.down.lora_B.bias", false),
+            ]
+        }
     }
 
     fn activation(adapter: &Self::Adapter) -> Option<&dyn Activation> {

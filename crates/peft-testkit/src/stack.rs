@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::{AdapterAware, Attended, Embedded, Named, Prompt, PromptShape, Prompts, SubLayer};
+use peft_core::{AdapterAware, Attended, Embedded, FeedForward, Gated, Named, Prompt, PromptShape, Prompts, SubLayer};
 use peft_kernels::{Sight, attention};
 
 use crate::state::{Part, fill, normal};
@@ -38,6 +38,8 @@ pub struct Stack {
     pub prompts: Prompts,
     /// What stands for the attention of a block.
     pub attn: Attention,
+    /// Around `up` and `down`, as a gated part whose inner values are those of the gate; through the weight seam nothing looks there.
+    pub mlp: Named<FeedForward>,
     /// Where the one sub-layer ends; through the weight seam nothing looks there.
     pub output_adapters: SubLayer,
     /// Whether the model declares its layers adapter-aware.
@@ -96,6 +98,7 @@ impl Stack {
             invertible_adapters: Embedded::new(WIDTH, device),
             prompts: Prompts::new(SHAPE, device),
             attn: Attention { attended: Attended::new(WIDTH, device) },
+            mlp: FeedForward::new(WIDTH, INNER, device).renamed("mlp"),
             output_adapters: SubLayer::new(WIDTH, device),
             aware: aware.then_some(AdapterAware),
         };
@@ -113,7 +116,13 @@ impl Stack {
                 let h = self.invertible_adapters.enter(peft_core::embedding(&self.embed, ids.clone()) + x);
                 let (h, prompt) = self.prompts.enter(h, &ids, None);
                 let h = self.attn.forward(h, &prompt);
-                let y = peft_core::linear(&self.down, silu(peft_core::linear(&self.up, h.clone())));
+                let parts = Gated {
+                    gate: &|x| peft_core::linear(&self.up, x),
+                    up: &|x| x,
+                    inner: &|gate, _| silu(gate),
+                    down: &|inner| peft_core::linear(&self.down, inner),
+                };
+                let y = self.mlp.forward(h.clone(), &parts);
                 let norm = |sum| peft_core::layer_norm(&self.norm, sum, EPSILON);
                 prompt.behind(self.output_adapters.end(y, h, Some(&norm)))
             }

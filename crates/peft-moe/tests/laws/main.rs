@@ -1,6 +1,7 @@
 //! Mixtures under the laws of `peft-testkit`, and under laws of their own.
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod feed_forward;
 mod mixtures;
 mod statement;
 
@@ -9,7 +10,7 @@ use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::{Method, Targets};
 use peft_moe::{MixtureConfig, RouterConfig};
 use peft_testkit::{Laws, table};
-use statement::{expert, laws, lora_laws, router};
+use statement::{expert, laws, lora_laws, mixlora_laws, router};
 
 fn hold<M: Method>(laws: &Laws<M>) {
     let checks = laws.run(&Device::flex());
@@ -28,6 +29,11 @@ fn mixtures_of_lora_obey_the_laws() {
     for config in routers {
         hold(&lora_laws(MixtureConfig::new(expert(), 3, config).with_shared(1)));
     }
+}
+
+#[test]
+fn mixtures_of_feed_forward_parts_obey_the_laws() {
+    hold(&mixlora_laws());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use peft_core::{Composable, Method, Result, Site, Targets};
 use peft_lora::LoraConfig;
-use peft_moe::{MixtureConfig, RouterConfig};
+use peft_moe::{MixLoraConfig, MixtureConfig, Projection, RouterConfig};
 use peft_testkit::{Laws, Layer, Matrix};
 
 /// `LoRA`s of rank two in the laws' model.
@@ -26,6 +26,20 @@ pub(crate) fn laws<M: Composable>(
 ) -> Laws<MixtureConfig<M>> {
     Laws::new(method, params, ("num_experts", 0.into()))
         .skip("file", "keys of shared experts have numbers, which a list of keys cannot have")
+}
+
+/// The laws for the best two of three feed-forward parts, of the laws' model, which has no `up` of its own.
+pub(crate) fn mixlora_laws() -> Laws<MixLoraConfig> {
+    let expert = LoraConfig { targets: Targets::modules(["mlp"]), ..expert() };
+    let mixture = MixtureConfig::new(expert, 3, RouterConfig::TopK { k: 2 });
+    let method = MixLoraConfig { mixture, projections: vec![Projection::Gate, Projection::Down] };
+    let params = |method: &MixLoraConfig, site: &Site| {
+        let factors = 2 * method.mixture.expert.rank * (site.d_in + site.d_out);
+        method.mixture.num_experts * (factors + site.d_in)
+    };
+    Laws::new(method, params, ("num_experts", 0.into()))
+        .skip("unaware", "a place is there for adapters alone")
+        .skip("identity", "gates sum to one but for their rounding")
 }
 
 /// Values of a router.
