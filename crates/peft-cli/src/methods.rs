@@ -4,6 +4,7 @@ mod configure;
 mod llama_adapter;
 mod mixture;
 mod prompts;
+mod published;
 mod union;
 mod whole;
 
@@ -281,6 +282,16 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<MixtureConfig<Ia3Config>>(PhantomData)),
     },
     Entry {
+        name: "mixlora",
+        about: "feed-forward parts mixed token by token, and lora on --targets (Li et al. 2024, arXiv:2404.15159)",
+        formula: "y = Σ gₑ(x) · FFNₑ(x)",
+        parameters: "a block: experts · (3 · rank · (d + d_ff) + d); and those of lora",
+        learning_rate: 2e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(union::mixlora(settings)?)),
+        files: Some(&FilesOf::<AnyUnion>(PhantomData)),
+    },
+    Entry {
         name: "full",
         about: "every parameter; the result is a model, not an adapter",
         formula: "y = x·W' + b'",
@@ -357,6 +368,11 @@ impl<T: Module, M: Method> Adapts<T> for M {
 pub trait AdapterFiles: FilesOn<CausalLm> + FilesOn<Encoder> + Debug + Sync {
     /// What the files call the method.
     fn peft_type(&self) -> &'static str;
+
+    /// Whether they are written too, and not only read.
+    fn is_written(&self) -> bool {
+        true
+    }
 
     /// Writes the adapter in `dir` to `out`: in AdapterHub's layout under a name, or in PEFT's.
     ///
@@ -481,7 +497,8 @@ pub fn by_name(name: &str) -> Result<&'static Entry> {
 /// When there is no adapter, or its method is not known.
 pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
     let found = peft_type(dir)?;
-    let known = METHODS.iter().filter_map(|entry| entry.files).find(|files| files.peft_type() == found);
+    let others = published::FILES.iter().map(|files| files as &dyn AdapterFiles);
+    let known = METHODS.iter().filter_map(|entry| entry.files).chain(others).find(|files| files.peft_type() == found);
     known.ok_or_else(|| {
         let expected = format!("a method that is known ({})", names(Entry::peft_type));
         peft_core::Error::Method { path: dir.join(CONFIG_FILE), expected, found }.into()

@@ -10,7 +10,7 @@ mod torch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
@@ -31,6 +31,8 @@ pub use self::torch::read_torch;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors' file name.
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+/// The tensors' file name in first releases.
+const TORCH_FILE: &str = "adapter_model.bin";
 
 /// The file of what computes an adapter's tensors during training, and is needed to go on with it; PEFT does not look at it.
 pub const ENCODER_FILE: &str = "prompt_encoder.safetensors";
@@ -117,9 +119,23 @@ pub fn tensors_of(dir: &Path) -> Result<BTreeMap<String, Values>> {
     if is_hub(dir)? {
         return Ok(HubFolder::read(dir)?.tensors);
     }
-    let tensors = read_values(&dir.join(TENSOR_FILE))?;
+    let (_, tensors) = read_tensors(dir)?;
     let prefix = if tensors.keys().any(|key| key.starts_with(PREFIX)) { PREFIX } else { PREFIX_OF_MODEL };
     Ok(tensors.into_iter().map(without(prefix)).collect())
+}
+
+/// The tensors of the adapter in `dir` as they are, in PEFT's file or in the pickle that its first releases wrote; and which file that is.
+///
+/// # Errors
+/// When there is neither, or it is malformed.
+pub fn read_tensors(dir: &Path) -> Result<(PathBuf, BTreeMap<String, Values>)> {
+    let (path, torch) = (dir.join(TENSOR_FILE), dir.join(TORCH_FILE));
+    if !path.exists() && torch.exists() {
+        let tensors = read_torch(&torch)?;
+        return Ok((torch, tensors));
+    }
+    let tensors = read_values(&path)?;
+    Ok((path, tensors))
 }
 
 /// Takes off what keys of PEFT's layout begin with.
@@ -229,10 +245,9 @@ impl<M: Method> AdapterFile<M> {
         let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
         let method: M = parse(&json).map_err(|e| Error::format(&path, culprit::<M>(&json) + &e.to_string()))?;
         method.check()?;
-        let path = dir.join(TENSOR_FILE);
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let mut tensors: BTreeMap<_, _> = values_of(&bytes, &path)?.into_iter().map(without(Self::PREFIX)).collect();
-        let base_fingerprint = fingerprint_of(&bytes, &path)?;
+        let (path, tensors) = read_tensors(dir)?;
+        let mut tensors: BTreeMap<_, _> = tensors.into_iter().map(without(Self::PREFIX)).collect();
+        let base_fingerprint = fingerprint_of(&path)?;
         let path = dir.join(ENCODER_FILE);
         let method = if method.has_prompts() && path.is_file() {
             let encoder = read_values(&path)?.into_iter();
@@ -379,9 +394,13 @@ fn values_of(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Values>> {
     Ok(tensors)
 }
 
-/// The fingerprint that a safetensors file holds in its metadata.
-fn fingerprint_of(bytes: &[u8], path: &Path) -> Result<Option<String>> {
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed(path))?;
+/// The fingerprint that a safetensors file holds in its metadata; a pickle has none.
+fn fingerprint_of(path: &Path) -> Result<Option<String>> {
+    if path.file_name() != Some(TENSOR_FILE.as_ref()) {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(malformed(path))?;
     Ok(header.metadata().as_ref().and_then(|metadata| metadata.get(FINGERPRINT)).cloned())
 }
 

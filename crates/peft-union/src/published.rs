@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use peft_core::files::{CONFIG_FILE, TENSOR_FILE, Values, read_torch, read_values};
+use peft_core::files::{CONFIG_FILE, Values, read_tensors};
 use peft_core::{AdapterFile, Error, Problem, Result, Targets};
 use peft_lora::LoraConfig;
 use peft_moe::{Balance, MixLoraConfig, MixtureConfig, Projection, RouterConfig};
@@ -18,8 +18,6 @@ use crate::{AnyUnion, Parts};
 
 /// The `peft_type`s that [`read_published`] reads.
 pub const PUBLISHED: [&str; 3] = ["MIXLORA", "LORAMOE", "MOLA"];
-
-const TORCH_FILE: &str = "adapter_model.bin";
 
 /// The module that `MixLoRA` mixes, and the projections of it by their names and those of the first releases.
 const FEED_FORWARD: &str = "mlp";
@@ -69,9 +67,7 @@ pub fn read_published(dir: &Path) -> Result<AdapterFile<AnyUnion>> {
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let config: Published = serde_json::from_str(&text).map_err(|e| Error::format(&path, e.to_string()))?;
     config.check()?;
-    let safe = dir.join(TENSOR_FILE);
-    let torch = dir.join(TORCH_FILE);
-    let (read, path) = if safe.exists() { (read_values(&safe)?, safe) } else { (read_torch(&torch)?, torch) };
+    let (path, read) = read_tensors(dir)?;
     let mut tensors = Tensors::default();
     for (key, values) in read {
         tensors.take(&config, &key, values);

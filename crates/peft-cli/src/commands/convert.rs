@@ -12,7 +12,8 @@ use crate::{Context, Error, Result, methods};
 /// Arguments of `peft convert`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  peft convert --adapter my-houlsby --name sentiment --out for-adapterhub\n\n\
-                        The layout of the folder is recognised; the result has the other one. AdapterHub's head goes along, under the adapter's name; what PEFT's layout holds whole has no place in AdapterHub's.")]
+                        The layout of the folder is recognised; the result has the other one. AdapterHub's head goes along, under the adapter's name; what PEFT's layout holds whole has no place in AdapterHub's. \
+                        A folder of MixLoRA's authors becomes one in PEFT's layout.")]
 pub struct Args {
     /// The adapter's folder, in either layout
     #[arg(long, value_name = "DIR")]
@@ -41,8 +42,8 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         let what = format!("--name {:?}: a name is part of each key, between dots", args.name);
         return Err(Error::usage(what, "letters, digits, - and _"));
     }
-    let hub = is_hub(&args.adapter)?;
     let method = methods::of_adapter(&args.adapter)?;
+    let hub = is_hub(&args.adapter)? || !method.is_written();
     method.convert(&args.adapter, (!hub).then_some(&args.name), &args.out).map_err(|error| match error {
         Error::Adapter(error @ peft_core::Error::Config { .. }) => Error::Refused {
             what: format!("--adapter {}: {error}", args.adapter.display()),

@@ -12,7 +12,7 @@ use crate::settings::{Init, Settings};
 /// Settings that all mixtures have.
 const OF_ALL: [&str; 1] = ["num-experts"];
 /// Settings of routers that look at their input.
-const OF_ROUTERS: [&str; 2] = ["top-k", "balance"];
+pub(super) const OF_ROUTERS: [&str; 2] = ["top-k", "balance"];
 /// Settings of experts that are `LoRA`.
 const OF_LORA: [&str; 3] = ["rank", "alpha", "dropout"];
 
@@ -40,7 +40,8 @@ pub(super) fn mov(settings: &Settings) -> Result<MixtureConfig<Ia3Config>> {
     routed(settings, "mov", peft_moe::mov(targets(settings)?))
 }
 
-fn lora(
+/// A mixture of `LoRA` in the sizes that are asked for.
+pub(super) fn lora(
     settings: &Settings,
     name: &str,
     own: &[&str],

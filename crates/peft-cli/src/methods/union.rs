@@ -9,7 +9,7 @@ use peft_union::{AnyUnion, Parts};
 
 use super::configure::{initial, only, refuse_targets, targets};
 use super::prompts::besides;
-use super::{Adaptation, Adapts};
+use super::{Adaptation, Adapts, mixture};
 use crate::Result;
 use crate::settings::{Init, Settings};
 
@@ -33,6 +33,13 @@ pub(super) fn mam(settings: &Settings) -> Result<Mixed> {
 pub(super) fn unipelt(settings: &Settings) -> Result<Mixed> {
     only(settings, "unipelt", &[&OF_BOTH[..], &["rank"]].concat())?;
     sized(settings, "unipelt", Parts::unipelt(targets(settings)?))
+}
+
+/// `MixLoRA`: experts in every gated feed-forward part, and `LoRA` on the layers that the user chooses.
+pub(super) fn mixlora(settings: &Settings) -> Result<Mixed> {
+    let mut mixlora = peft_moe::mixlora(Targets::modules(["mlp"]));
+    mixlora.mixture = mixture::lora(settings, "mixlora", &mixture::OF_ROUTERS, mixlora.mixture)?;
+    sized(settings, "mixlora", Parts::mixlora_with(mixlora, targets(settings)?))
 }
 
 /// The parts in the sizes that are asked for, and what is trained besides.

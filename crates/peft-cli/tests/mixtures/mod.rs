@@ -8,9 +8,10 @@ fn mixtures_are_trained_used_and_resumed() {
     let shop = Workshop::new();
     let (model, first, second) = (shop.path("model"), shop.path("data.jsonl"), shop.path("second.jsonl"));
     fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
-    let methods: [(&str, &[&str]); 4] = [
+    let methods: [(&str, &[&str]); 5] = [
         ("molora", &["--num-experts", "4", "--top-k", "2", "--balance", "0.01", "--rank", "2"]),
         ("loramoe", &["--num-experts", "4", "--rank", "2"]),
+        ("mixlora", &["--num-experts", "4", "--rank", "2", "--targets", "q_proj,v_proj"]),
         ("moelora", &["--num-experts", "3"]),
         ("mov", &["--num-experts", "3", "--targets", "q_proj,v_proj"]),
     ];
@@ -32,7 +33,11 @@ fn mixtures_are_trained_used_and_resumed() {
         let load = experts["load"].as_object().unwrap().values().next().unwrap().as_array().unwrap();
         let sum: f64 = load.iter().map(|part| part.as_f64().unwrap()).sum();
         assert!((sum - 1.0).abs() < 1e-5, "{method}: {experts}");
-        assert_eq!(experts["loss"].as_f64().unwrap() > 0.0, ["molora", "loramoe"].contains(&method), "{experts}");
+        assert_eq!(
+            experts["loss"].as_f64().unwrap() > 0.0,
+            ["molora", "loramoe", "mixlora"].contains(&method),
+            "{experts}"
+        );
         let task: &[&str] = if method == "moelora" { &["--task-id", "1"] } else { &[] };
         let adapted = ["--model", &model, "--adapter", &out];
         let data = ["--data", &second, "--set", "name=Ada"];
