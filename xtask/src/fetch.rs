@@ -5,6 +5,7 @@
 use crate::archive::{Client, Package, untar};
 use crate::error::{Error, Result};
 use crate::fashion::make_parts;
+use crate::questions::{make_persona, make_trivia};
 use crate::setup::{replace, work_directory};
 use crate::vader::make_tasks;
 use crate::vit::make_model;
@@ -113,7 +114,7 @@ const ITEMS: &[Item] = &[
         package: LLAMA_FACTORY,
         inner: None,
         members: &["data/identity.json"],
-        derive: None,
+        derive: Some(make_persona),
     },
     Item {
         name: "alpaca",
@@ -171,7 +172,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "vader",
-        about: "23,703 texts of four kinds (films, products, tweets, editorials) with a mean sentiment score, and four tasks made of them as CSV",
+        about: "23,703 texts of four kinds (films, products, tweets, editorials) with a mean sentiment score, and tasks made of them",
         licence: "MIT",
         package: Package {
             client: Client::Sdist,
@@ -222,7 +223,7 @@ const ITEMS: &[Item] = &[
     },
     Item {
         name: "chatterbot",
-        about: "questions with answers on twenty subjects, as YAML",
+        about: "questions with answers on twenty subjects, as YAML, and a quiz made of them",
         licence: "BSD-3-Clause",
         package: Package {
             client: Client::Wheel,
@@ -233,7 +234,7 @@ const ITEMS: &[Item] = &[
         },
         inner: None,
         members: &["chatterbot_corpus/data/english/"],
-        derive: None,
+        derive: Some(make_trivia),
     },
     Item {
         name: "fashion-mnist",
@@ -256,7 +257,7 @@ impl Item {
     /// What the stamp of a complete directory says; it changes with the package and with the choice of members.
     fn stamp(&self) -> String {
         let Package { name, version, sha256, .. } = self.package;
-        let derived = if self.derive.is_some() { "\nderived 1" } else { "" };
+        let derived = if self.derive.is_some() { "\nderived 2" } else { "" };
         format!("{name} {version}\nsha256 {sha256}\nlicence {}\n{}{derived}\n", self.licence, self.members.join("\n"))
     }
 

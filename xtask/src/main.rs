@@ -12,6 +12,7 @@ mod fetch;
 mod lines;
 mod new_method;
 mod process;
+mod questions;
 mod setup;
 mod test_backends;
 mod vader;

@@ -5,10 +5,13 @@
 //! - `tweet-score`: tweets with their mean score, −4 to 4
 //! - `source`: which of films, products, tweets, editorials a text is from
 //!
+//! And two as questions to a language model: [`film-words` and `product-stars`](crate::questions).
+//!
 //! A text is in `train`, `valid` or `test` (80, 10, 10 of 100) by a hash of the document it is from, or of itself where it is from none: the same on every
 //! machine, and no document is in two of them.
 
 use crate::error::{Error, Result};
+use crate::questions::write_rows;
 use std::fs;
 use std::path::Path;
 
@@ -57,7 +60,26 @@ pub(crate) fn make_tasks(directory: &Path) -> Result<()> {
     write(directory, "product-polarity", &texts, polarity("products"))?;
     // A decimal point in every score says that they are no names.
     write(directory, "tweet-score", &texts, |text| (text.source == "tweets").then(|| format!("{:.4}", text.score)))?;
-    write(directory, "source", &texts, |text| Some(text.source.to_owned()))
+    write(directory, "source", &texts, |text| Some(text.source.to_owned()))?;
+    let asked = |of: &'static str, question: &str, answer: &dyn Fn(&Text) -> Option<String>| {
+        let texts = texts.iter().filter(|text| text.source == of);
+        texts.filter_map(|text| Some((format!("{question}\n\n{}", text.text), answer(text)?))).collect::<Vec<_>>()
+    };
+    let question = "Is this sentence of a film review positive or negative?";
+    write_rows(directory, "film-words", asked("films", question, &polarity("films")))?;
+    let question = "How many stars, from one to five, does the author of this sentence give the product?";
+    write_rows(directory, "product-stars", asked("products", question, &|text| Some(stars(text.score).to_owned())))
+}
+
+/// A score from −4 to 4 as a number of stars.
+fn stars(score: f64) -> &'static str {
+    match score {
+        ..-2.0 => "one star",
+        -2.0..-0.5 => "two stars",
+        -0.5..0.5 => "three stars",
+        0.5..2.0 => "four stars",
+        _ => "five stars",
+    }
 }
 
 /// `number <tab> score <tab> text`, where the number of a part of a document is `document_part`.
@@ -74,7 +96,7 @@ fn parse(line: &str, source: &'static str) -> Option<Text> {
 }
 
 /// FNV-1a.
-fn hash(text: &str) -> u64 {
+pub(crate) fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
