@@ -8,6 +8,7 @@
 //! cargo run --release -p peft-benches -- operations [--backend ndarray]
 //! cargo run --release -p peft-benches -- curves RUN… --out docs/bf16.svg
 //! cargo run --release -p peft-benches -- tasks --peft target/release/peft --model data/minilm --data data/vader/film-polarity --out runs/tasks
+//! cargo run --release -p peft-benches -- several --peft target/release/peft --model FILE.gguf --tasks data/identity/persona,… --out runs/several
 //! ```
 
 mod curves;
@@ -15,6 +16,7 @@ mod operations;
 mod picture;
 mod plain;
 mod random;
+mod several;
 mod side;
 mod sweep;
 mod tasks;
@@ -54,6 +56,8 @@ enum What {
     Curves(curves::Curves),
     /// What methods reach on a task, and what they cost, as a table
     Tasks(tasks::Tasks),
+    /// What one `LoRA` and mixtures reach on several tasks at once, as a table
+    Several(several::Several),
     /// One side, for itself
     #[command(hide = true)]
     Side {
@@ -208,6 +212,7 @@ fn main() -> Outcome<()> {
         What::Operations(operations) => operations.run(),
         What::Curves(curves) => curves.run(),
         What::Tasks(tasks) => tasks.run(),
+        What::Several(several) => several.run(),
         What::Side { side, setup } => {
             println!("{}", side.measure(&setup)?);
             Ok(())

@@ -49,6 +49,9 @@ pub(crate) struct Tasks {
     /// Runs of each, with the seeds from 1
     #[arg(long, default_value_t = 3)]
     seeds: u64,
+    /// Only the runs with this seed, and no table
+    #[arg(long)]
+    seed: Option<u64>,
     /// Passes over the data
     #[arg(long, default_value_t = 2.0)]
     epochs: f64,
@@ -120,11 +123,15 @@ impl Tasks {
         if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
             return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
         }
-        println!("| method | {} | before training | trained parameters | time | peak memory |", self.measure);
-        println!("|---|---|---|---|---|---|");
         let usual = METHODS.iter().filter(|_| self.methods.is_empty());
         let asked = METHODS.iter().chain(&PROMPTS).filter(|(name, _)| self.methods.iter().any(|method| method == name));
-        for (name, flags) in usual.chain(asked) {
+        let mut wanted = usual.chain(asked);
+        if let Some(seed) = self.seed {
+            return wanted.try_for_each(|(name, flags)| self.one(name, flags, seed).map(drop));
+        }
+        println!("| method | {} | before training | trained parameters | time | peak memory |", self.measure);
+        println!("|---|---|---|---|---|---|");
+        for (name, flags) in wanted {
             let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
             let (mean, deviation) = spread(&runs, |run| run.measure);
             let [before, trained, seconds, mib] = [
@@ -220,7 +227,7 @@ impl Tasks {
 }
 
 /// The JSON object that a command prints, and the largest memory that it was seen to hold, in MiB.
-fn watch(mut command: Command) -> Outcome<(Value, f64)> {
+pub(crate) fn watch(mut command: Command) -> Outcome<(Value, f64)> {
     let mut child = command.stdout(Stdio::piped()).spawn()?;
     // The kernel keeps the peak itself, so that looking now and then misses only what the last moment adds.
     let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0.0_f64);
@@ -238,10 +245,14 @@ fn watch(mut command: Command) -> Outcome<(Value, f64)> {
     Ok((serde_json::from_slice(&output.stdout)?, peak / 1024.0))
 }
 
-/// Mean and standard deviation of a sample.
 fn spread(runs: &[Reached], of: impl Fn(&Reached) -> f64) -> (f64, f64) {
-    let count = runs.len().max(1) as f64;
-    let mean = runs.iter().map(&of).sum::<f64>() / count;
-    let squares = runs.iter().map(|run| (of(run) - mean).powi(2)).sum::<f64>();
+    mean_and_deviation(&runs.iter().map(of).collect::<Vec<_>>())
+}
+
+/// Mean and standard deviation of a sample.
+pub(crate) fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+    let count = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
     (mean, (squares / (count - 1.0).max(1.0)).sqrt())
 }
