@@ -251,12 +251,15 @@ pub fn for_targets(model: CausalLm, targets: &Targets) -> Result<CausalLm> {
     Ok(if parted { model.untied() } else { model })
 }
 
+/// What Mixtral's feed-forward parts were called before `transformers` 5, and are.
+const MIXTRAL: (&str, &str) = (".block_sparse_moe.", ".mlp.");
+
 /// The keys of an adapter's tensors as paths in the model, for instance `lm_head.lora_A.weight`.
 ///
 /// # Errors
 /// When the adapter cannot be read.
 pub fn adapted_keys(dir: &Path) -> Result<Vec<String>> {
-    Ok(tensors_of(dir)?.into_keys().collect())
+    Ok(tensors_of(dir)?.into_keys().map(|key| key.replace(MIXTRAL.0, MIXTRAL.1)).collect())
 }
 
 /// Whether `path` is that of something below `module`.

@@ -126,6 +126,10 @@ pub struct Settings {
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub targets: Vec<String>,
+    /// lora: parameters to adapt, by the end of their names: `experts.gate_up_proj,experts.down_proj`, or `gate.weight` for routers
+    #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub target_parameters: Vec<String>,
     /// ia3: of these, the modules whose input is scaled in place of their output: `down_proj`
     #[arg(long, value_delimiter = ',', help_heading = "Targets", value_name = "NAMES")]
     #[serde(deserialize_with = "one_or_many", default)]

@@ -9,7 +9,7 @@ use burn::nn::{Embedding, LayerNorm, Linear, RmsNorm};
 use burn::tensor::{DType, Int, Tensor};
 use peft_kernels::{Scores, Weight};
 
-use crate::{End, Gated, KeysAndValues, Method, Prompt, Quantized, Reading};
+use crate::{End, Gated, GroupedBase, KeysAndValues, Method, Prompt, Quantized, Reading};
 
 /// The activation form of an adapter: what it has of it, for the kinds of layer that it adapts.
 ///
@@ -18,6 +18,13 @@ pub trait Activation {
     /// The adapted layer on `x` `[rows, d_in]`, giving `[rows, d_out]`. `base` computes the layer without its adapter. `None` when there is only the
     /// weight form, and [`shift`](Self::shift).
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
+        let _ = (x, base);
+        None
+    }
+
+    /// The adapted layers of several experts on `x` `[rows, d_in]`, giving `[rows, d_out]`. `base` computes them without their adapter, and knows the expert of each row. `None` when
+    /// there is only the weight form.
+    fn grouped(&self, x: Tensor<2>, base: &GroupedBase<'_>) -> Option<Tensor<2>> {
         let _ = (x, base);
         None
     }
@@ -316,7 +323,8 @@ pub(crate) fn register<M: Method>() {
     }
     // The ranks of what adapters sit in.
     fn lookup<M: Method>(param: &dyn Any) -> Option<Option<&dyn Activation>> {
-        let adapter = of_rank::<M, 2>(param).or_else(|| of_rank::<M, 1>(param)).or_else(|| of_rank::<M, 4>(param));
+        let adapter = of_rank::<M, 2>(param).or_else(|| of_rank::<M, 1>(param));
+        let adapter = adapter.or_else(|| of_rank::<M, 3>(param)).or_else(|| of_rank::<M, 4>(param));
         adapter.map(M::activation)
     }
     let mut lookups = LOOKUPS.write().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use burn::module::{Module, Param, ParamId, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
+use crate::targets::{is_named, parameter};
 use crate::{
     Error, LayerKind, Matcher, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
     visit_params,
@@ -77,6 +78,10 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
                 if let (Some(reason), false) = (method.needs_activation(site), site.aware) {
                     problems.push(Problem::NotAware { path: path.clone(), reason });
                 }
+                if matcher.names_module(path, Some(site.kind)) && matcher.names_parameter(path, Some(site.kind)) {
+                    let what = "target_modules and target_parameters both name it; PEFT refuses that".to_owned();
+                    problems.push(Problem::Other { path: path.clone(), what });
+                }
                 sites.push(site);
             }
             _ => problems.push(Problem::Kind {
@@ -86,6 +91,7 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
             }),
         }
     }
+    problems.extend(unmatched(found, method.targets().parameter_names()));
     let has = |kinds: &[LayerKind]| found.sites.iter().any(|site| kinds.contains(&site.kind));
     if problems.is_empty() && !has(method.kinds()) {
         problems.push(Problem::NoPlace { expected: format!("{:?}", method.kinds()) });
@@ -103,6 +109,19 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
         Some((field, count)) => last(found, sites, field, count),
         None => Ok(sites),
     }
+}
+
+/// The names of parameters that name none of the model's.
+fn unmatched(found: &Scan, names: &[String]) -> Vec<Problem> {
+    let parameters: Vec<String> = found.sites.iter().filter_map(|site| parameter(&site.path, site.kind)).collect();
+    let none = |name: &&String| !parameters.iter().any(|parameter| is_named(parameter, name));
+    let experts = found.sites.iter().any(|site| site.experts.is_some());
+    let problem = |name: &String| {
+        let near = found.sites.iter().filter(|site| site.experts.is_some() || !experts);
+        let near = nearest(near.map(|site| site.path.as_str()), name);
+        Problem::NoMatch { targets: format!("target_parameters \"{name}\""), near }
+    };
+    names.iter().filter(none).map(problem).collect()
 }
 
 /// The last `count` of `sites` in the order of the model; `field` is for messages.

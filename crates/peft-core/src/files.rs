@@ -5,10 +5,11 @@
 //! earlier adapter whole.
 
 mod hub;
+mod keys;
 mod legacy;
 mod torch;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -20,11 +21,12 @@ use serde_json::{Map, Value};
 
 use crate::rebuild::Adapters;
 use crate::{
-    Error, LayerKind, Location, Matcher, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, attach,
-    base_fingerprint, hf_name, map_params, scan, visit_params,
+    Error, LayerKind, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, attach, base_fingerprint,
+    map_params, scan, visit_params,
 };
 
 pub use self::hub::{HUB_TENSOR_FILE, HubFolder, layers_config};
+use self::keys::Keys;
 pub use self::torch::read_torch;
 
 /// The configuration's file name.
@@ -168,7 +170,8 @@ pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M
 /// # Errors
 /// As [`load_adapter`].
 pub fn load_adapter_with<T: Module, M: Method>(module: T, dir: &Path, strictness: Strictness) -> Result<(T, M)> {
-    let file = AdapterFile::<M>::read(dir)?;
+    let mut file = AdapterFile::<M>::read(dir)?;
+    (file.method, file.tensors) = file.method.renew(file.tensors, &scan(&module))?;
     let module = attach(module, &file.method, 0)?;
     let method = file.method.clone();
     Ok((file.fill(module, &dir.join(TENSOR_FILE), strictness)?, method))
@@ -451,56 +454,6 @@ pub fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     out
 }
 
-/// Which file key belongs to which parameter.
-struct Keys<M> {
-    matcher: Matcher,
-    adapted: BTreeSet<String>,
-    method: std::marker::PhantomData<M>,
-}
-
-struct Key {
-    name: String,
-    transposed: bool,
-    /// Whether the adapter is incomplete without it. PEFT also writes base weights that were not trained, such as an adapted embedding.
-    required: bool,
-}
-
-impl<M: Method> Keys<M> {
-    fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
-        Ok(Self {
-            matcher: method.targets().matcher()?,
-            adapted: scan(module).adapted,
-            method: std::marker::PhantomData,
-        })
-    }
-
-    /// The key of the parameter at this place; `Err` when the method forgot to list one of its fields.
-    fn key(&self, at: &PathStack, rank: usize) -> std::result::Result<Key, Problem> {
-        let location = at.locate();
-        let Some(field) = &location.field else { return Ok(self.base_key(&location, rank)) };
-        match location.kind.and_then(|kind| M::key(kind, field)) {
-            Some((key, transposed)) => {
-                let name = if M::is_of_model(&key) { key } else { format!("{}.{key}", location.module) };
-                Ok(Key { name, transposed, required: true })
-            }
-            None => Err(Problem::Other {
-                path: at.path(),
-                what: format!("{} does not list this field in `Method::tensors`", M::PEFT_TYPE),
-            }),
-        }
-    }
-
-    fn base_key(&self, location: &Location, rank: usize) -> Key {
-        let adapted = self.adapted.contains(&location.module);
-        let hf = hf_name(location, rank);
-        let param = hf.name.rsplit('.').next().unwrap_or_default();
-        let required = self.matcher.trains(&location.module, param, adapted);
-        // PEFT keeps the base of an adapted layer one level down.
-        let name = if adapted { format!("{}.base_layer.{param}", location.module) } else { hf.name };
-        Key { name, transposed: hf.transposed, required }
-    }
-}
-
 struct Collector<M> {
     keys: Keys<M>,
     tensors: BTreeMap<String, Values>,
@@ -539,11 +492,7 @@ impl<M: Method> ParamVisitor for Collector<M> {
         };
         match param.base().try_into_data() {
             Ok(data) => {
-                let (shape, values) = (data.shape().to_vec(), data.iter::<f32>().collect::<Vec<_>>());
-                let values = match (key.transposed, &shape[..]) {
-                    (true, [r, c]) => Values { values: transpose(&values, *r, *c), shape: vec![*c, *r] },
-                    _ => Values { values, shape },
-                };
+                let values = key.to_file(data.shape().as_slice(), data.iter::<f32>().collect());
                 self.tensors.insert(key.name, values);
             }
             Err(e) => self.problems.push(Problem::Other { path: key.name, what: format!("{e:?}") }),
@@ -571,7 +520,7 @@ impl<M: Method> ParamMapper for Filler<M> {
         };
         self.encoded |= key.name.starts_with(ENCODER_PREFIX);
         let shape: Vec<usize> = param.lazy_shape().to_vec();
-        let expected = if key.transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
+        let expected = key.shape(&shape);
         let Some(found) = self.tensors.remove(&key.name) else {
             if key.required && !self.strictness.allow_missing {
                 self.problems.push(Problem::Missing { name: key.name, expected });
@@ -582,7 +531,7 @@ impl<M: Method> ParamMapper for Filler<M> {
             self.problems.push(Problem::Shape { name: key.name, expected, found: found.shape });
             return param;
         }
-        let values = if key.transposed { transpose(&found.values, expected[0], expected[1]) } else { found.values };
+        let values = key.from_file(&shape, found.values);
         param.map(|old| {
             let (device, trained) = (old.device(), old.is_require_grad());
             Tensor::from_data(TensorData::new(values, shape), (&device, old.dtype())).set_require_grad(trained)

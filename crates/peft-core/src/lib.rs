@@ -4,7 +4,7 @@
 //! - [`Targets`]: which layers are adapted, by Hugging Face's rules.
 //! - [`Peft::attach`]: all or nothing; freezes the base and puts an adapter into each matched weight.
 //! - [`pack`]: packed weights in place of dense ones; every method attaches over them as over dense ones.
-//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`], [`Attended::beside`], [`FeedForward::forward`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
+//! - [`linear`], [`embedding`], [`layer_norm`], [`rms_norm`], [`conv2d`], [`SubLayer::end`], [`Embedded::enter`], [`Attended::beside`], [`GroupedLinear`], [`FeedForward::forward`]: the activation seam. They take the unchanged `burn::nn` layers and compute the adapter on activations.
 //!   A model that calls `layer.forward(x)` instead is equally correct, by the weight seam, only slower.
 //! - [`ComposedConfig`]: several adapters of a method at one place, as one; [`Union`]: adapters of several methods, each at its own places.
 //! - [`save_adapter`], [`load_adapter`]: `adapter_config.json` and `adapter_model.safetensors` in Hugging Face PEFT's layout.
@@ -23,6 +23,7 @@ mod feed_forward;
 pub mod files;
 mod fingerprint;
 mod gate;
+mod grouped;
 mod location;
 mod merge;
 mod method;
@@ -53,6 +54,7 @@ pub use feed_forward::{FeedForward, Gated};
 pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_adapter};
 pub use fingerprint::base_fingerprint;
 pub use gate::Gate;
+pub use grouped::{GroupedBase, GroupedLinear};
 pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
 pub use merge::merge;
 pub use method::{FileTensor, Method};

@@ -13,6 +13,8 @@ pub enum LayerKind {
     Linear,
     /// A linear layer whose files hold `[d_in, d_out]` too, as GPT-2's `Conv1D`: any struct of that name with `weight` and `bias`.
     Conv1D,
+    /// [`GroupedLinear`](crate::GroupedLinear): weights `[experts, d_out, d_in]` in both, by the name of the layer.
+    GroupedLinear,
     /// `nn::Embedding`: weight `[n_embedding, d_model]` in both.
     Embedding,
     /// `nn::LayerNorm`: scale `[width]`, and a shift.
@@ -38,6 +40,7 @@ impl LayerKind {
     pub(crate) const ALL: [Self; 11] = [
         Self::Linear,
         Self::Conv1D,
+        Self::GroupedLinear,
         Self::Embedding,
         Self::LayerNorm,
         Self::RmsNorm,
@@ -53,6 +56,7 @@ impl LayerKind {
         match container {
             "Struct:Linear" => Some(Self::Linear),
             "Struct:Conv1D" => Some(Self::Conv1D),
+            "Struct:GroupedLinear" => Some(Self::GroupedLinear),
             "Struct:Embedding" => Some(Self::Embedding),
             "Struct:LayerNorm" => Some(Self::LayerNorm),
             "Struct:RmsNorm" => Some(Self::RmsNorm),
@@ -79,7 +83,7 @@ impl LayerKind {
     /// The name of the parameter that an adapter of such a layer sits in.
     pub(crate) fn weight(self) -> &'static str {
         match self {
-            Self::Linear | Self::Conv1D | Self::Embedding | Self::Conv2d => "weight",
+            Self::Linear | Self::Conv1D | Self::GroupedLinear | Self::Embedding | Self::Conv2d => WEIGHT,
             Self::LayerNorm | Self::RmsNorm => "gamma",
             Self::SubLayer | Self::Embedded | Self::Prompts | Self::Attended | Self::FeedForward => PLACE,
         }
@@ -92,6 +96,7 @@ impl LayerKind {
         }
         match (self, shape) {
             (Self::Linear | Self::Conv1D | Self::Embedding | Self::FeedForward, [d_in, d_out]) => Some((*d_in, *d_out)),
+            (Self::GroupedLinear, [_, d_out, d_in]) => Some((*d_in, *d_out)),
             (Self::LayerNorm | Self::RmsNorm, [width]) => Some((*width, *width)),
             (place, [width]) if place.is_place() => Some((*width, *width)),
             (Self::Conv2d, [d_out, rest @ ..]) => Some((rest.iter().product(), *d_out)),
@@ -197,6 +202,9 @@ fn join(levels: &[&Level]) -> String {
     names.collect::<Vec<_>>().join(".")
 }
 
+/// What layers call what they multiply by.
+const WEIGHT: &str = "weight";
+
 /// What linear layers and convolutions call what they add, and what norms call it.
 const BIAS: &str = "bias";
 const BETA: &str = "beta";
@@ -224,13 +232,20 @@ pub struct HfName {
 
 /// How Hugging Face `transformers` names a base parameter of rank `rank`, given that modules carry the same names here and there.
 ///
-/// Linear weights are transposed, and Burn's `gamma` and `beta` of norms are `weight` and `bias`.
+/// Linear weights are transposed, Burn's `gamma` and `beta` of norms are `weight` and `bias`, and the weights of several experts have the name of their layer.
 pub fn hf_name(location: &Location, rank: usize) -> HfName {
     let param = match location.param.as_str() {
-        "gamma" => "weight",
+        "gamma" => WEIGHT,
         BETA => BIAS,
         other => other,
     };
-    let name = if location.module.is_empty() { param.to_owned() } else { format!("{}.{param}", location.module) };
+    let whole = location.kind == Some(LayerKind::GroupedLinear) && param == WEIGHT;
+    let name = if whole {
+        location.module.clone()
+    } else if location.module.is_empty() {
+        param.to_owned()
+    } else {
+        format!("{}.{param}", location.module)
+    };
     HfName { name, transposed: location.kind == Some(LayerKind::Linear) && rank == 2 }
 }

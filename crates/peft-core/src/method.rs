@@ -19,7 +19,8 @@ pub struct FileTensor {
     pub field: &'static str,
     /// What follows the module path in the file's key, for instance `lora_A.weight`.
     pub key: &'static str,
-    /// Whether the file holds the transpose of a matrix.
+    /// Whether the file holds the transpose of a matrix. Of a layer of several experts, who have theirs one under the other: whether it has their rows side by side, by column and
+    /// then by expert.
     pub transposed: bool,
 }
 
@@ -191,6 +192,15 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     /// Of the layers that match, how many are adapted, counted from the end of the model, with the name of the field that says so; all without it.
     fn last(&self) -> Option<(&'static str, usize)> {
         None
+    }
+
+    /// The method of a file and its tensors as they would be written today for that model, where it is of a time when the model's layers had another form.
+    ///
+    /// # Errors
+    /// When the tensors do not have that form.
+    fn renew(self, tensors: BTreeMap<String, Values>, found: &Scan) -> Result<(Self, BTreeMap<String, Values>)> {
+        let _ = found;
+        Ok((self, tensors))
     }
 
     /// Refuses a file that asks for a part of the method that is not built, by its raw JSON.

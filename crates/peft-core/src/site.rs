@@ -22,6 +22,8 @@ pub struct Site {
     pub kind: LayerKind,
     /// The parameter that an adapter sits in: the weight.
     pub id: ParamId,
+    /// How many layers there are in one, each with these features, where it is those of experts.
+    pub experts: Option<usize>,
     /// Input features: rows of the weight, or the number of embedding vectors; of a convolution the values that an output value is made of.
     pub d_in: usize,
     /// Output features: columns of the weight, the width of an embedding vector, or channels.
@@ -175,8 +177,9 @@ pub fn scan<M: Module>(module: &M) -> Scan {
     for site in &mut scan.sites {
         site.has_bias = biased.contains(&site.path);
         site.vectors = vectors.remove(&site.path).unwrap_or_default();
-        // A place is there for adapters alone.
+        // A place is there for adapters alone, and there is one way to call the layers of experts.
         site.aware = site.kind.is_place()
+            || site.kind == LayerKind::GroupedLinear
             || aware.iter().any(|prefix| {
                 prefix.is_empty()
                     || site.path == *prefix
@@ -253,11 +256,13 @@ impl ModuleVisitor for Scanner {
             return;
         }
         let Some(kind) = location.kind else { return };
-        if let Some((d_in, d_out)) = kind.features(&location.param, &param.lazy_shape()) {
+        let shape = param.lazy_shape();
+        if let Some((d_in, d_out)) = kind.features(&location.param, &shape) {
             self.scan.sites.push(Site {
                 path: location.module,
                 kind,
                 id: param.id,
+                experts: (kind == LayerKind::GroupedLinear).then(|| shape[0]),
                 d_in,
                 d_out,
                 has_bias: false,

@@ -1,5 +1,6 @@
 //! Which modules are adapted and what else is trained, by exactly Hugging Face PEFT's rules.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use fancy_regex::Regex;
@@ -103,6 +104,10 @@ impl<'de> Deserialize<'de> for Bias {
 pub struct Targets {
     /// The modules to adapt.
     pub target_modules: Option<Names>,
+    /// Parameters to adapt, by the whole name or by what follows a dot in it: the weights of several experts (`experts.down_proj`), and those of linear layers
+    /// (`mlp.gate.weight`, a router). No other field of this struct acts on them but [`modules_to_save`](Self::modules_to_save), as in PEFT, where LoRA alone has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_parameters: Option<Vec<String>>,
     /// Modules to leave out; looked at before everything else.
     pub exclude_modules: Option<Names>,
     /// Adapt only these layers of the stack.
@@ -129,6 +134,32 @@ impl Targets {
     /// Every linear layer but the output head (`lm_head`).
     pub fn all_linear() -> Self {
         Self::pattern("all-linear")
+    }
+
+    /// Every parameter whose name is one of these, or ends in a dot and one of these.
+    pub fn parameters<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
+        Self::default().with_parameters(names)
+    }
+
+    /// These, and the parameters of those names.
+    #[must_use]
+    pub fn with_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        // PEFT takes null for modules of its own choice.
+        let target_modules = self.target_modules.or_else(|| Some(Names::List(Vec::new())));
+        let target_parameters = Some(names.into_iter().map(Into::into).collect());
+        Self { target_modules, target_parameters, ..self }
+    }
+
+    /// The names of parameters to adapt.
+    pub fn parameter_names(&self) -> &[String] {
+        self.target_parameters.as_deref().unwrap_or_default()
+    }
+
+    /// What a pattern of names calls the module `path`: the parameter that it is where these name that, else the module.
+    pub fn name_of<'a>(&self, path: &'a str) -> Cow<'a, str> {
+        let weight = parameter(path, LayerKind::Linear)
+            .filter(|weight| self.parameter_names().iter().any(|name| is_named(weight, name)));
+        weight.map_or(Cow::Borrowed(path), Cow::Owned)
     }
 
     /// Compiles the rules.
@@ -159,6 +190,7 @@ impl Targets {
         let kept_whole = self.modules_to_save.iter().flatten();
         Ok(Matcher {
             target: self.target_modules.as_ref().map(|n| NameRule::new("target_modules", n)).transpose()?,
+            parameters: self.parameter_names().to_vec(),
             exclude: self.exclude_modules.as_ref().map(|n| NameRule::new("exclude_modules", n)).transpose()?,
             inside_saved: kept_whole
                 .map(|m| regex("modules_to_save", &format!(r"(^|^.*\.){m}($|\..*)")))
@@ -179,6 +211,9 @@ impl fmt::Display for Targets {
             Some(Names::Pattern(pattern)) => write!(f, "target_modules \"{pattern}\""),
             Some(Names::List(list)) => write!(f, "target_modules {list:?}"),
         }?;
+        if let Some(parameters) = &self.target_parameters {
+            write!(f, " and target_parameters {parameters:?}")?;
+        }
         if let Some(layers) = &self.layers_to_transform {
             write!(f, " in layers {:?}", layers.as_slice())?;
         }
@@ -193,6 +228,7 @@ impl fmt::Display for Targets {
 #[derive(Debug)]
 pub struct Matcher {
     target: Option<NameRule>,
+    parameters: Vec<String>,
     exclude: Option<NameRule>,
     inside_saved: Vec<Regex>,
     layers: Option<OneOrMany<usize>>,
@@ -236,10 +272,21 @@ impl NameRule {
 impl Matcher {
     /// Whether the module `key`, of kind `kind`, is adapted.
     pub fn matches(&self, key: &str, kind: Option<LayerKind>) -> bool {
-        let Some(target) = &self.target else { return false };
-        if self.exclude.as_ref().is_some_and(|rule| rule.find(key, kind).0)
-            || self.inside_saved.iter().any(|pattern| is_match(pattern, key))
-        {
+        self.names_module(key, kind) || self.names_parameter(key, kind)
+    }
+
+    /// Whether the weight of the module is one of the parameters to adapt.
+    pub(crate) fn names_parameter(&self, key: &str, kind: Option<LayerKind>) -> bool {
+        let Some(parameter) = kind.and_then(|kind| parameter(key, kind)) else { return false };
+        self.parameters.iter().any(|name| is_named(&parameter, name)) && !self.is_inside_saved(key)
+    }
+
+    /// Whether the module is one of those to adapt. The weight of several experts is none: to PEFT it is a parameter.
+    pub(crate) fn names_module(&self, key: &str, kind: Option<LayerKind>) -> bool {
+        let Some(target) = self.target.as_ref().filter(|_| kind != Some(LayerKind::GroupedLinear)) else {
+            return false;
+        };
+        if self.exclude.as_ref().is_some_and(|rule| rule.find(key, kind).0) || self.is_inside_saved(key) {
             return false;
         }
         let (found, exact) = target.find(key, kind);
@@ -250,6 +297,10 @@ impl Matcher {
             }
             _ => found,
         }
+    }
+
+    fn is_inside_saved(&self, key: &str) -> bool {
+        self.inside_saved.iter().any(|pattern| is_match(pattern, key))
     }
 
     /// Whether the base parameter `param` of module `key` is trained and saved along with the adapter.
@@ -293,6 +344,20 @@ pub fn pattern_value<'a, T>(field: &str, patterns: &'a IndexMap<String, T>, key:
         }
     }
     Ok(None)
+}
+
+/// What a parameter is called that [`Targets::target_parameters`] may name: the weight of the module `key`.
+pub(crate) fn parameter(key: &str, kind: LayerKind) -> Option<String> {
+    match kind {
+        LayerKind::GroupedLinear => Some(key.to_owned()),
+        LayerKind::Linear => Some(format!("{key}.weight")),
+        _ => None,
+    }
+}
+
+/// Whether an entry of [`Targets::target_parameters`] names the parameter.
+pub(crate) fn is_named(parameter: &str, name: &str) -> bool {
+    parameter == name || ends_with_segment(parameter, name)
 }
 
 fn ends_with_segment(key: &str, name: &str) -> bool {

@@ -50,6 +50,7 @@ pub fn combine(adapters: &[(AdapterFile<LoraConfig>, f64)], how: Combination) ->
     }
     let mut modules: BTreeMap<(String, bool), Vec<Factors>> = BTreeMap::new();
     for (file, weight) in adapters {
+        one_layer_each(&file.method)?;
         if !weight.is_finite() {
             return Err(Error::config("weights", "finite numbers", weight));
         }
@@ -83,6 +84,16 @@ pub fn combine(adapters: &[(AdapterFile<LoraConfig>, f64)], how: Combination) ->
     let fan_in_fan_out = first.method.fan_in_fan_out;
     let method = LoraConfig { rank_pattern, alpha_pattern, fan_in_fan_out, ..LoraConfig::new(rank, targets) };
     Ok(AdapterFile { method, tensors, ..first.clone() })
+}
+
+/// Refuses factors of several experts, whose rows and columns are not those of one rank.
+pub(crate) fn one_layer_each(method: &LoraConfig) -> Result<()> {
+    match method.targets.parameter_names() {
+        [] => Ok(()),
+        names => {
+            Err(Error::config("target_parameters", "null here, where each adapter is on one layer", names.join(", ")))
+        }
+    }
 }
 
 type ModuleFactors = BTreeMap<(String, bool), (DMatrix<f64>, DMatrix<f64>)>;

@@ -7,6 +7,7 @@ use peft_core::{AdapterFile, Error, Problem, Result, Targets};
 use serde_json::Value;
 
 use crate::LoraConfig;
+use crate::combine::one_layer_each;
 
 const CONTAINER: &str = "loras";
 
@@ -53,6 +54,7 @@ pub(crate) fn read(folder: &HubFolder) -> Result<(LoraConfig, BTreeMap<String, V
 
 pub(crate) fn write(file: &AdapterFile<LoraConfig>, name: &str) -> Result<HubFolder> {
     let method = &file.method;
+    one_layer_each(method)?;
     if method.use_rslora || method.lora_bias || !method.rank_pattern.is_empty() || !method.alpha_pattern.is_empty() {
         let found = "rsLoRA, a bias, or ranks that differ from layer to layer";
         return Err(Error::config("config", "one rank and one scale, which AdapterHub's layout has", found));

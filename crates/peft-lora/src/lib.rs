@@ -4,9 +4,11 @@ pub mod combine;
 mod compose;
 mod experts;
 mod factors;
+mod grouped;
 mod hub;
 mod init;
 mod lora;
+mod per_expert;
 mod plus;
 mod unbuilt;
 

@@ -4,6 +4,7 @@
 //! - scale: `s = alpha / rank`, or `alpha / √rank` with rsLoRA
 //! - trained: `rank · (d_in + d_out)` values a weight, `d_out` more with `lora_bias`
 //! - with `use_gating`: `s` is one number for each row of a batch, [`Gate`]; `d_in + 1` values more
+//! - on the layers of several experts: each expert has factors of its own (`grouped.rs`)
 //! - at init: identity, since `B = 0` (for embeddings `A = 0`), unless `init_lora_weights` is `false`
 
 use std::collections::BTreeMap;
@@ -14,12 +15,13 @@ use burn::tensor::{Int, Tensor};
 use indexmap::IndexMap;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
-    Activation, AdapterFile, Base, Error, FileTensor, Gate, LayerKind, Method, Result, Site, Targets, pattern_value,
+    Activation, AdapterFile, Base, Error, FileTensor, Gate, GroupedBase, LayerKind, Method, Result, Scan, Site,
+    Targets, pattern_value,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::init::InitWeights;
-use crate::{hub, unbuilt};
+use crate::{grouped, hub, per_expert, unbuilt};
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -113,12 +115,12 @@ impl LoraConfig {
         Self { init_lora_weights, ..self }
     }
 
-    /// The rank of the module `path`.
+    /// The rank of the module `path`, which patterns name as the parameter that it is where `target_parameters` does.
     ///
     /// # Errors
     /// When an entry of `rank_pattern` is no regular expression.
     pub fn rank_of(&self, path: &str) -> Result<usize> {
-        Ok(*pattern_value("rank_pattern", &self.rank_pattern, path)?.unwrap_or(&self.rank))
+        Ok(*pattern_value("rank_pattern", &self.rank_pattern, &self.targets.name_of(path))?.unwrap_or(&self.rank))
     }
 
     /// The scale of the module `path`.
@@ -126,7 +128,8 @@ impl LoraConfig {
     /// # Errors
     /// When an entry of `rank_pattern` or `alpha_pattern` is no regular expression.
     pub fn scale_of(&self, path: &str) -> Result<f64> {
-        let alpha = pattern_value("alpha_pattern", &self.alpha_pattern, path)?.unwrap_or(&self.alpha);
+        let alpha =
+            pattern_value("alpha_pattern", &self.alpha_pattern, &self.targets.name_of(path))?.unwrap_or(&self.alpha);
         let rank = self.rank_of(path)? as f64;
         Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
     }
@@ -138,9 +141,9 @@ const GATED: &str = "a gate weighs the update row by row";
 /// State of [`LoraConfig`] in one weight.
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
-    /// `[d_in, rank]`
+    /// `[d_in, rank]`; of several experts `[experts · rank, d_in]`.
     pub a: Param<Tensor<2>>,
-    /// `[rank, d_out]`
+    /// `[rank, d_out]`; of several experts `[experts · d_out, rank]`.
     pub b: Param<Tensor<2>>,
     /// `[d_out]`
     pub bias: Option<Param<Tensor<1>>>,
@@ -153,7 +156,7 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
-    /// `s·A·B`, `[d_in, d_out]`.
+    /// `s·A·B`, `[d_in, d_out]`, of one layer.
     pub fn delta(&self) -> Tensor<2> {
         (self.a.val() * self.scale).matmul(self.b.val())
     }
@@ -198,16 +201,19 @@ impl Method for LoraConfig {
                 return Err(Error::config("lora_alpha", "a finite number", alpha));
             }
         }
-        Ok(())
+        grouped::check(self)
     }
 
     fn kinds(&self) -> &'static [LayerKind] {
-        &[LayerKind::Linear, LayerKind::Conv1D, LayerKind::Embedding]
+        &[LayerKind::Linear, LayerKind::Conv1D, LayerKind::GroupedLinear, LayerKind::Embedding]
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<LoraAdapter> {
         let (rank, mut rng) = (self.rank_of(&site.path)?, site.rng(seed));
-        let (a, b) = ([site.d_in, rank], [rank, site.d_out]);
+        let (a, b) = match site.experts {
+            Some(experts) => ([experts * rank, site.d_in], [experts * site.d_out, rank]),
+            None => ([site.d_in, rank], [rank, site.d_out]),
+        };
         let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
         let (a, b) = match (site.kind, self.init_lora_weights) {
             (LayerKind::Embedding, InitWeights::Random) => {
@@ -250,6 +256,9 @@ impl Method for LoraConfig {
         }
         match kind {
             LayerKind::Embedding => &const { [tensor("a", "lora_embedding_A"), tensor("b", "lora_embedding_B")] },
+            LayerKind::GroupedLinear => {
+                &const { [FileTensor { transposed: false, ..tensor("a", "lora_A.weight") }, tensor("b", "lora_B.weight")] }
+            }
             _ => {
                 &const {
                     let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
@@ -289,6 +298,10 @@ impl Method for LoraConfig {
         self.use_gating.then(|| GATED.to_owned())
     }
 
+    fn renew(self, tensors: BTreeMap<String, Values>, found: &Scan) -> Result<(Self, BTreeMap<String, Values>)> {
+        per_expert::fused(self, tensors, found)
+    }
+
     fn check_file(json: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
         unbuilt::check(json)
     }
@@ -298,8 +311,11 @@ impl Reparameterization for LoraAdapter {
     const NAME: &'static str = "lora";
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
-        let (shape, dtype, delta) = (base.shape(), base.dtype(), self.delta());
-        (base.cast(delta.dtype()) + delta.reshape::<D, _>(shape)).cast(dtype)
+        let (shape, dtype) = (base.shape(), base.dtype());
+        // What is no matrix are the matrices of experts.
+        let delta =
+            if D == 2 { self.delta().reshape::<D, _>(shape) } else { self.deltas(shape[0]).reshape::<D, _>(shape) };
+        (base.cast(delta.dtype()) + delta).cast(dtype)
     }
 }
 
@@ -322,6 +338,10 @@ impl Activation for LoraAdapter {
             }
             None => y,
         })
+    }
+
+    fn grouped(&self, x: Tensor<2>, base: &GroupedBase<'_>) -> Option<Tensor<2>> {
+        Some(self.on_experts(x, base))
     }
 
     fn shift(&self, _bias: Option<&Tensor<1>>) -> Option<Tensor<1>> {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 /// Refuses a file that asks for one of them.
 pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
     // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
-    const NOT_BUILT: [&str; 12] = [
+    const NOT_BUILT: [&str; 11] = [
         "use_dora",
         "use_qalora",
         "use_bdlora",
@@ -16,7 +16,6 @@ pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
         "velora_config",
         "monteclora_config",
         "layer_replication",
-        "target_parameters",
         "trainable_token_indices",
         "megatron_config",
     ];

@@ -14,8 +14,8 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::Linear;
 use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::kernels::{Groups, Nonlinearity, gated, grouped_linear};
-use peft_core::{Auxiliary, Named, linear, say_auxiliary};
+use peft_core::kernels::{Groups, Nonlinearity, gated};
+use peft_core::{Auxiliary, GroupedLinear, Named, linear, say_auxiliary};
 
 use crate::config::{ExpertGroups, ExpertsConfig, LlamaConfig, Scoring, SharedExpert};
 use crate::feed_forward::{INITIALIZER, LlamaMlp, proj};
@@ -46,9 +46,9 @@ struct Correction {
 #[derive(Module, Debug)]
 struct Experts {
     /// `[experts, 2 · inner, hidden]`, the rows of the gate before those of the other.
-    gate_up_proj: Param<Tensor<3>>,
+    gate_up_proj: GroupedLinear,
     /// `[experts, hidden, inner]`
-    down_proj: Param<Tensor<3>>,
+    down_proj: GroupedLinear,
 }
 
 /// What the router of a block did.
@@ -76,8 +76,8 @@ impl SparseMlp {
         Self {
             gate: proj(hidden, count, false, device),
             experts: Experts {
-                gate_up_proj: INITIALIZER.init([count, 2 * inner, hidden], device),
-                down_proj: INITIALIZER.init([count, hidden, inner], device),
+                gate_up_proj: GroupedLinear::new(INITIALIZER.init([count, 2 * inner, hidden], device)),
+                down_proj: GroupedLinear::new(INITIALIZER.init([count, hidden, inner], device)),
             },
             shared: experts.shared.map(shared),
             shared_expert_gate: gated.then(|| proj(hidden, 1, false, device)),
@@ -133,13 +133,13 @@ impl Experts {
     /// `x` `[tokens, hidden]` through the experts of each token, by their weights `[tokens, per token]`.
     fn forward(&self, x: Tensor<2>, chosen: &[usize], weights: Tensor<2>) -> Tensor<2> {
         let ([tokens, hidden], [_, each]) = (x.dims(), weights.dims());
-        let groups = Groups::new(self.gate_up_proj.lazy_shape()[0], chosen);
+        let groups = Groups::new(self.gate_up_proj.experts(), chosen);
         // A row for each pair of a token and its expert.
         let pairs = x.unsqueeze_dim::<3>(1).expand([tokens, each, hidden]).reshape([tokens * each, hidden]);
-        let inner = grouped_linear(pairs, self.gate_up_proj.val(), &groups);
+        let inner = self.gate_up_proj.forward(pairs, &groups);
         let width = inner.dims()[1] / 2;
         let (gate, up) = (inner.clone().narrow(1, 0, width), inner.narrow(1, width, width));
-        let y = grouped_linear(gated(gate, up, Nonlinearity::Silu), self.down_proj.val(), &groups);
+        let y = self.down_proj.forward(gated(gate, up, Nonlinearity::Silu), &groups);
         (y.reshape([tokens, each, hidden]) * weights.unsqueeze_dim(2)).sum_dim(1).reshape([tokens, hidden])
     }
 }

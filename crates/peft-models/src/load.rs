@@ -125,11 +125,12 @@ fn fill<M: Module>(
     });
     let packed = packed.collect();
     let module = pack(module, packed)?;
-    let is_matrix = |kind| matches!(kind, LayerKind::Linear | LayerKind::Conv1D | LayerKind::Embedding);
+    let is_matrix =
+        |kind: LayerKind| kind.multiplies() || matches!(kind, LayerKind::GroupedLinear | LayerKind::Embedding);
     // The choice of experts would hang on what is rounded.
     let matrices = sites.iter().filter(|site| is_matrix(site.kind) && !site.is_router());
     let matrices = matrices.map(|site| site.id).filter(|_| precision == Precision::Bf16).collect();
-    let mut loader = Loader { weights, sources, matrices, precision, failed: None };
+    let mut loader = Loader { weights, sources, matrices, failed: None };
     let module = map_params(module, &mut loader);
     loader.failed.map_or(Ok(module), Err)
 }
@@ -199,12 +200,11 @@ struct Loader<'a> {
     sources: &'a HashMap<ParamId, Source<'a>>,
     /// Layers in 16 bits.
     matrices: HashSet<ParamId>,
-    precision: Precision,
     failed: Option<Error>,
 }
 
 impl ParamMapper for Loader<'_> {
-    fn float<const D: usize>(&mut self, at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+    fn float<const D: usize>(&mut self, _at: &PathStack, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(source) = self.sources.get(&param.id).filter(|_| self.failed.is_none()) else { return param };
         let shape = param.lazy_shape().to_vec();
         match self.weights.read(source.info) {
@@ -215,9 +215,7 @@ impl ParamMapper for Loader<'_> {
                 };
                 // What was frozen stays so. The random initial value is never made: a lazy parameter is replaced, not read.
                 let trained = !param.is_initialized() || param.is_require_grad();
-                let experts = self.precision == Precision::Bf16 && at.parent().ends_with(".experts");
-                let half = experts || self.matrices.contains(&param.id);
-                let dtype = if half { DType::BF16 } else { DType::F32 };
+                let dtype = if self.matrices.contains(&param.id) { DType::BF16 } else { DType::F32 };
                 let value = Tensor::from_data(TensorData::new(values, shape), (&param.lazy_device(), dtype));
                 Param::initialized(param.id, value).set_require_grad(trained)
             }

@@ -57,6 +57,9 @@ fn adapter(dir: &Path, context: &Context) -> Result<()> {
     if config.get("target_modules").is_some() {
         out.field("targets", given("target_modules"))?;
     }
+    if config.get("target_parameters").is_some_and(|names| !names.is_null()) {
+        out.field("parameters", given("target_parameters"))?;
+    }
     if let Some(parts) = parts(&config) {
         out.field("parts", parts.join(", "))?;
     }

@@ -28,8 +28,17 @@ const INVERTIBLE: &str = "inv-adapter";
 const OF_PREFIXES: [&str; 2] = ["prefix", "p-tuning-v2"];
 
 /// Flags that `LoRA` alone has.
-const OF_LORA: [&str; 8] =
-    ["rank", "alpha", "dropout", "rslora", "lora-bias", "rank-pattern", "alpha-pattern", "lora-plus"];
+const OF_LORA: [&str; 9] = [
+    "target-parameters",
+    "rank",
+    "alpha",
+    "dropout",
+    "rslora",
+    "lora-bias",
+    "rank-pattern",
+    "alpha-pattern",
+    "lora-plus",
+];
 
 /// `LoRA`.
 pub(super) fn lora(settings: &Settings) -> Result<LoraConfig> {
@@ -44,7 +53,10 @@ pub(super) fn lora(settings: &Settings) -> Result<LoraConfig> {
         init_lora_weights: settings.init.into(),
         rank_pattern: pattern("rank-pattern", &settings.rank_pattern)?,
         alpha_pattern: pattern("alpha-pattern", &settings.alpha_pattern)?,
-        targets: targets(settings)?,
+        targets: match &settings.target_parameters[..] {
+            [] => targets(settings)?,
+            names => targets(settings)?.with_parameters(names),
+        },
         ..LoraConfig::default()
     })
 }
@@ -120,6 +132,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("num-experts", settings.num_experts.is_some()),
         ("top-k", settings.top_k.is_some()),
         ("balance", settings.balance.is_some()),
+        ("target-parameters", !settings.target_parameters.is_empty()),
         (FEEDFORWARD, !settings.feedforward.is_empty()),
         (REDUCTION, settings.reduction_factor.is_some()),
         (INVERTIBLE, settings.inv_adapter.is_some()),
@@ -181,6 +194,7 @@ pub(super) fn targets(settings: &Settings) -> Result<Targets> {
     let list = |names: &[String]| (!names.is_empty()).then(|| names.to_vec());
     Ok(Targets {
         target_modules,
+        target_parameters: None,
         exclude_modules: list(&settings.exclude).map(Names::List),
         layers_to_transform: (!settings.layers.is_empty()).then(|| OneOrMany::Many(settings.layers.clone())),
         layers_pattern: None,
