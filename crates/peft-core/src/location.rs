@@ -37,7 +37,7 @@ pub enum LayerKind {
 
 impl LayerKind {
     /// All of them.
-    pub(crate) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Linear,
         Self::Conv1D,
         Self::GroupedLinear,
