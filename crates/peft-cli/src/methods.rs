@@ -20,7 +20,7 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
-use peft_moe::MixtureConfig;
+use peft_moe::{MixtureConfig, PolyConfig};
 use peft_prompt::{
     LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
     PromptTuningConfig,
@@ -269,6 +269,16 @@ pub const METHODS: &[Entry] = &[
         merges: false,
         build: |settings| Ok(Box::new(mixture::moelora(settings)?)),
         files: Some(&FilesOf::<MixtureConfig<LoraConfig>>(PhantomData)),
+    },
+    Entry {
+        name: "poly",
+        about: "LoRAs as skills that tasks share, one task for each --data (Ponti et al. 2022, arXiv:2202.13914)",
+        formula: "y = x·W + b + x·A·B / rank, A = Σ m(task)·Aₛ, B = Σ m(task)·Bₛ",
+        parameters: "skills · (rank · (d_in + d_out) + tasks)",
+        learning_rate: 1e-3,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::poly(settings)?)),
+        files: Some(&FilesOf::<PolyConfig>(PhantomData)),
     },
     Entry {
         name: "mov",

@@ -6,12 +6,11 @@ use serde_json::{Map, Value};
 /// Refuses a file that asks for one of them.
 pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
     // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
-    const NOT_BUILT: [&str; 12] = [
+    const NOT_BUILT: [&str; 11] = [
         "use_dora",
         "use_qalora",
         "use_bdlora",
         "alora_invocation_tokens",
-        "arrow_config",
         "kasa_config",
         "velora_config",
         "monteclora_config",
@@ -20,6 +19,10 @@ pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
         "trainable_token_indices",
         "megatron_config",
     ];
+    if let Some(arrow) = json.get("arrow_config").filter(|arrow| !arrow.is_null()) {
+        let expected = "null: a router of Arrow has no adapters in it; mix these with `peft combine --how arrow`";
+        return Err(Error::config("arrow_config", expected, arrow));
+    }
     for field in NOT_BUILT {
         let asked = json.get(field).is_some_and(|v| match v {
             Value::Null | Value::Bool(false) => false,

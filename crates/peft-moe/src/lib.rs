@@ -1,13 +1,18 @@
 //! Mixtures of adapters: several experts in one place, and a router that opens a gate to each of them, row by row.
 //!
-//! A mixture is experts × router × balance ([`MixtureConfig`]), and the published ones are presets: [`molora`], [`mov`], [`mola`], [`loramoe`], [`moelora`].
+//! A mixture is experts × router × balance ([`MixtureConfig`]), and the published ones are presets: [`molora`], [`mov`], [`mola`], [`loramoe`], [`moelora`]. [`ArrowConfig`] makes one
+//! of adapters that are trained already. In [`PolyConfig`] tasks share skills, whose factors are averaged before anything is multiplied by them.
 
+mod arrow;
 mod balance;
 mod mixture;
+mod poly;
 mod presets;
 mod router;
 
+pub use arrow::ArrowConfig;
 pub use balance::Balance;
 pub use mixture::{MixtureAdapter, MixtureConfig, task_lora};
+pub use poly::{PolyAdapter, PolyConfig, PolyType};
 pub use presets::{MolaShape, loramoe, moelora, mola, molora, mov};
 pub use router::{Level, Router, RouterConfig, Routing};

@@ -215,10 +215,8 @@ impl<M: Composable> Method for MixtureConfig<M> {
     }
 
     fn num_tasks(&self) -> Option<usize> {
-        match self.router {
-            RouterConfig::Task { num_tasks, .. } => Some(num_tasks),
-            _ => None,
-        }
+        let RouterConfig::Task { num_tasks, .. } = self.router else { return None };
+        Some(num_tasks)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter> {
@@ -229,7 +227,8 @@ impl<M: Composable> Method for MixtureConfig<M> {
         let router = self.router.init(site, count, &mut site.rng(!seed));
         let look = Look { level: self.level, temperature: self.temperature, jitter: self.jitter };
         let (routing, balance) = (self.router.clone(), self.balance.clone());
-        Ok(MixtureAdapter { experts, shared, router, routing, look, balance, path: site.path.clone() })
+        let adapter = MixtureAdapter { experts, shared, router, routing, look, balance, path: site.path.clone() };
+        Ok(if matches!(self.router, RouterConfig::Arrow { .. }) { adapter.no_grad() } else { adapter })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

@@ -160,6 +160,7 @@ impl Runner<'_> {
             let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
             let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
             checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
+            checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
         }
         checks
     }
