@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::files::{TENSOR_FILE, read_values};
 use peft_core::{AdapterFile, Method, Strictness, attach, for_tasks, load_adapter, save_adapter};
 use peft_lora::LoraConfig;
-use peft_models::CausalLm;
-use peft_moe::{ArrowConfig, PolyConfig};
+use peft_models::{CausalLm, Sampling, generate};
+use peft_moe::{ArrowConfig, PolyConfig, XLoraConfig};
 
 use crate::golden::{BOUND, deviation, floats, ints, logits, model, testdata};
 
@@ -93,5 +94,40 @@ fn arrow_gives_the_logits_of_peft() {
         mixture.write(out.path()).unwrap();
         let (adapted, _) = load_adapter::<_, peft_moe::MixtureConfig<LoraConfig>>(model("llama"), out.path()).unwrap();
         gives_the_logits(&dir, &logits(&adapted, &golden));
+    }
+}
+
+#[test]
+fn xlora_gives_the_logits_of_peft_and_goes_back() {
+    let cases = cases("xlora");
+    assert_eq!(cases.len(), 10, "a golden case is missing");
+    for dir in cases {
+        let golden = dir.join("logits.safetensors");
+        let (adapted, method) = load_adapter::<_, XLoraConfig>(model("llama"), &dir).unwrap();
+        gives_the_logits(&dir, &logits(&adapted, &golden));
+        let scratch = tempfile::tempdir().unwrap();
+        let out = written(&dir, scratch.path());
+        is_saved(&adapted, &method, &dir, &out);
+        // With experts of its own.
+        let (again, _) = load_adapter::<_, XLoraConfig>(model("llama"), &out).unwrap();
+        gives_the_logits(&dir, &logits(&again, &golden));
+    }
+}
+
+/// Each pass has a cache of its own, so that a text goes on as if it were read anew for each token.
+#[test]
+fn xlora_generates_behind_two_caches() {
+    let dir = testdata().join("mixtures/xlora/pass_value");
+    let (adapted, _) = load_adapter::<_, XLoraConfig>(model("llama"), &dir).unwrap();
+    let mut tokens = vec![5_u32, 9, 2, 7];
+    let found = generate(&adapted, &tokens, 6, Sampling::default(), &[], &Device::flex(), |_| true).unwrap();
+    for next in found {
+        let ids: Vec<i64> = tokens.iter().map(|id| i64::from(*id)).collect();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &Device::flex());
+        let logits: Vec<f32> = adapted.forward(ids).into_data().iter().collect();
+        let last = &logits[logits.len() - logits.len() / tokens.len()..];
+        let best = last.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+        assert_eq!(next as usize, best, "behind {tokens:?}");
+        tokens.push(next);
     }
 }

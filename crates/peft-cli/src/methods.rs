@@ -20,7 +20,7 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
-use peft_moe::{MixtureConfig, PolyConfig};
+use peft_moe::{MixtureConfig, PolyConfig, XLoraConfig};
 use peft_prompt::{
     LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
     PromptTuningConfig,
@@ -312,6 +312,9 @@ pub const METHODS: &[Entry] = &[
     },
 ];
 
+/// Adapters that the command line uses and does not train.
+const USED: &[&dyn AdapterFiles] = &[&FilesOf::<XLoraConfig>(PhantomData)];
+
 /// A configured method, whichever it is, on either kind of model.
 pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
     /// Which layers it adapts; nothing for what makes no adapter.
@@ -491,9 +494,10 @@ pub fn by_name(name: &str) -> Result<&'static Entry> {
 /// When there is no adapter, or its method is not known.
 pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
     let found = peft_type(dir)?;
-    let known = METHODS.iter().filter_map(|entry| entry.files).find(|files| files.peft_type() == found);
-    known.ok_or_else(|| {
-        let expected = format!("a method that is known ({})", names(Entry::peft_type));
+    let mut known = METHODS.iter().filter_map(|entry| entry.files).chain(USED.iter().copied());
+    known.find(|files| files.peft_type() == found).ok_or_else(|| {
+        let used: Vec<&str> = USED.iter().map(|files| files.peft_type()).collect();
+        let expected = format!("a method that is known ({}, {})", names(Entry::peft_type), used.join(", "));
         peft_core::Error::Method { path: dir.join(CONFIG_FILE), expected, found }.into()
     })
 }

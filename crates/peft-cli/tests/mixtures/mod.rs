@@ -140,3 +140,8 @@ fn trained_adapters_are_mixed_without_training() {
         refused(&["logits", "--model", "tiny", "--adapter", &testdata("mixtures/arrow/plain"), "--tokens", "1"]);
     assert!(message.contains("peft combine --how arrow"), "{message}");
 }
+
+#[test]
+fn folders_of_xlora_are_used() {
+    gives_the_logits_of_peft(&testdata("mixtures/xlora/layerwise"), "xlora/layerwise");
+}

@@ -5,6 +5,7 @@ mod arrow;
 mod mixtures;
 mod poly;
 mod statement;
+mod xlora;
 
 use burn::tensor::Device;
 use peft_adapter::{BottleneckConfig, Ia3Config};
