@@ -9,6 +9,7 @@ mod golden;
 mod hostile;
 mod labels;
 mod llama_adapter;
+mod mixtures;
 mod packed;
 mod prompt_variants;
 mod prompts;

@@ -21,7 +21,7 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
-use peft_moe::MixtureConfig;
+use peft_moe::{MixtureConfig, PolyConfig, XLoraConfig};
 use peft_prompt::{
     LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
     PromptTuningConfig,
@@ -272,6 +272,16 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<MixtureConfig<LoraConfig>>(PhantomData)),
     },
     Entry {
+        name: "poly",
+        about: "LoRAs as skills that tasks share, one task for each --data (Ponti et al. 2022, arXiv:2202.13914)",
+        formula: "y = x·W + b + x·A·B / rank, A = Σ m(task)·Aₛ, B = Σ m(task)·Bₛ",
+        parameters: "skills · (rank · (d_in + d_out) + tasks)",
+        learning_rate: 1e-3,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::poly(settings)?)),
+        files: Some(&FilesOf::<PolyConfig>(PhantomData)),
+    },
+    Entry {
         name: "mov",
         about: "vectors of (IA)³ mixed token by token (Zadouri et al. 2023, arXiv:2309.05444)",
         formula: "y = (Σ gₑ(x)·lₑ) ⊙ (x·W + b)",
@@ -312,6 +322,9 @@ pub const METHODS: &[Entry] = &[
         files: None,
     },
 ];
+
+/// Adapters that the command line uses and does not train.
+const USED: &[&dyn AdapterFiles] = &[&FilesOf::<XLoraConfig>(PhantomData)];
 
 /// A configured method, whichever it is, on either kind of model.
 pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
@@ -497,10 +510,11 @@ pub fn by_name(name: &str) -> Result<&'static Entry> {
 /// When there is no adapter, or its method is not known.
 pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
     let found = peft_type(dir)?;
-    let others = published::FILES.iter().map(|files| files as &dyn AdapterFiles);
-    let known = METHODS.iter().filter_map(|entry| entry.files).chain(others).find(|files| files.peft_type() == found);
-    known.ok_or_else(|| {
-        let expected = format!("a method that is known ({})", names(Entry::peft_type));
+    let published = published::FILES.iter().map(|files| files as &dyn AdapterFiles);
+    let mut known = METHODS.iter().filter_map(|entry| entry.files).chain(USED.iter().copied()).chain(published);
+    known.find(|files| files.peft_type() == found).ok_or_else(|| {
+        let used: Vec<&str> = USED.iter().map(|files| files.peft_type()).collect();
+        let expected = format!("a method that is known ({}, {})", names(Entry::peft_type), used.join(", "));
         peft_core::Error::Method { path: dir.join(CONFIG_FILE), expected, found }.into()
     })
 }

@@ -76,7 +76,7 @@ pub struct Settings {
     #[arg(long, help_heading = "Method", value_name = "NAME=X")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub alpha_pattern: Vec<String>,
-    /// Mixtures: how many experts there are [default: the method's]
+    /// Mixtures: how many experts there are, or skills of poly [default: the method's]
     #[arg(long, help_heading = "Method", value_name = "N")]
     pub num_experts: Option<usize>,
     /// molora, mov: each token goes through the best K experts alone [default: through all]

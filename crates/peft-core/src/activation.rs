@@ -58,6 +58,11 @@ pub trait Activation {
         0
     }
 
+    /// The last hidden states of a model, `[batch, seq, width]`, which `pass` computes: as often as the adapter asks, telling it each time how many passes follow.
+    fn passes(&self, pass: &mut dyn FnMut(usize) -> Tensor<3>) -> Tensor<3> {
+        pass(0)
+    }
+
     /// What is added to the result of an attention, `[batch, seq, heads · head_dim]`, given its queries `[batch, seq, heads, head_dim]`.
     fn attended(&self, queries: Tensor<4>, project: KeysAndValues<'_>) -> Option<Tensor<3>> {
         let _ = (queries, project);

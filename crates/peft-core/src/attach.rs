@@ -39,10 +39,7 @@ impl<T: Module> Peft for T {}
 pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<T> {
     let found = scan(&module);
     let sites = method.select(&found)?;
-    let mut adapters = HashMap::new();
-    for site in &sites {
-        adapters.insert(site.id, method.init(site, seed)?);
-    }
+    let adapters: HashMap<_, _> = sites.iter().map(|site| site.id).zip(method.init_all(&sites, seed)?).collect();
     let trained = trained_base(&module, method, &found, &sites)?;
     activation::register::<M>();
     Ok(module.apply_reparameterization(Attacher { adapters, trained }))

@@ -251,6 +251,7 @@ impl<M: Method> AdapterFile<M> {
         let (path, tensors) = read_tensors(dir)?;
         let mut tensors: BTreeMap<_, _> = tensors.into_iter().map(without(Self::PREFIX)).collect();
         let base_fingerprint = fingerprint_of(&path)?;
+        let method = method.read_parts(dir, &mut tensors)?;
         let path = dir.join(ENCODER_FILE);
         let method = if method.has_prompts() && path.is_file() {
             let encoder = read_values(&path)?.into_iter();
@@ -267,6 +268,14 @@ impl<M: Method> AdapterFile<M> {
     /// # Errors
     /// When the file system refuses.
     pub fn write(&self, dir: &Path) -> Result<()> {
+        match M::write_parts(self, dir)? {
+            Some(own) => own.write_own(dir),
+            None => self.write_own(dir),
+        }
+    }
+
+    /// Writes what belongs into the folder itself.
+    fn write_own(&self, dir: &Path) -> Result<()> {
         let config = self.config_json()?;
         let path = dir.join(TENSOR_FILE);
         let (encoder, tensors): (Vec<_>, Vec<_>) =

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::path::Path;
 
 use burn::module::{ModuleDisplay, Reparameterization};
 use burn::tensor::Tensor;
@@ -89,6 +90,14 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         Self::FAST.contains(&field)
     }
 
+    /// The adapters of all layers that were [selected](Self::select), in that order: for a method whose adapters know of each other.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init).
+    fn init_all(&self, sites: &[&Site], seed: u64) -> Result<Vec<Self::Adapter>> {
+        sites.iter().map(|site| self.init(site, seed)).collect()
+    }
+
     /// The adapter's tensors in the file, for a layer of that kind.
     fn tensors(kind: LayerKind) -> &'static [FileTensor];
 
@@ -139,6 +148,24 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
     #[must_use]
     fn without_encoder(self) -> Self {
         self
+    }
+
+    /// The method of the file in `dir` with its parts in other folders, whose tensors are added.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    fn read_parts(self, dir: &Path, tensors: &mut BTreeMap<String, Values>) -> Result<Self> {
+        let _ = (dir, tensors);
+        Ok(self)
+    }
+
+    /// The reverse: writes the parts that have folders of their own, and gives what is left for `dir`; nothing for a method without any.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    fn write_parts(file: &AdapterFile<Self>, dir: &Path) -> Result<Option<AdapterFile<Self>>> {
+        let _ = (file, dir);
+        Ok(None)
     }
 
     /// The adapter's activation form, if the method has one.

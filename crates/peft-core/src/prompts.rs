@@ -1,4 +1,5 @@
-//! The place of learned inputs: virtual tokens in front of a model's embeddings, learned keys and values in front of those of its blocks.
+//! The place of learned inputs: virtual tokens in front of a model's embeddings, learned keys and values in front of those of its blocks. It is the place of what
+//! belongs to a model as a whole, so a model lets itself be computed more than once there too: [`Prompts::passes`].
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
@@ -59,10 +60,12 @@ peft_kernels::marker_module!(PromptShape, |shape| {
 ///
 /// impl Model {
 ///     fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-///         let x = embedding(&self.embeddings, ids.clone());
-///         let (x, prompt) = self.prompts.enter(x, &ids, None); // [batch, virtual + seq, width]
-///         // … through blocks, whose keys and values stand behind `prompt.behind_past` …
-///         prompt.behind(x) // [batch, seq, width]
+///         self.prompts.passes(|_following| {
+///             let x = embedding(&self.embeddings, ids.clone());
+///             let (x, prompt) = self.prompts.enter(x, &ids, None); // [batch, virtual + seq, width]
+///             // … through blocks, whose keys and values stand behind `prompt.behind_past` …
+///             prompt.behind(x) // [batch, seq, width]
+///         })
 ///     }
 /// }
 /// ```
@@ -109,6 +112,15 @@ impl Prompts {
     /// How many positions of a row are taken by what is learned; none without an adapter.
     pub fn positions(&self) -> usize {
         adapter(&self.place).flatten().map_or(0, Activation::prompt_positions)
+    }
+
+    /// The model's last hidden states, `[batch, seq, width]`: those of the one pass of a model without an adapter that asks for more. `pass` computes one, given how many follow; each
+    /// has a cache of its own.
+    pub fn passes(&self, mut pass: impl FnMut(usize) -> Tensor<3>) -> Tensor<3> {
+        match adapter(&self.place).flatten() {
+            Some(adapter) => adapter.passes(&mut pass),
+            None => pass(0),
+        }
     }
 
     /// The embeddings of a batch with its virtual tokens, and what stands in front of it besides; `x` and nothing without an adapter.

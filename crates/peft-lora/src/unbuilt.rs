@@ -11,7 +11,6 @@ pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
         "use_qalora",
         "use_bdlora",
         "alora_invocation_tokens",
-        "arrow_config",
         "kasa_config",
         "velora_config",
         "monteclora_config",
@@ -19,6 +18,10 @@ pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
         "trainable_token_indices",
         "megatron_config",
     ];
+    if let Some(arrow) = json.get("arrow_config").filter(|arrow| !arrow.is_null()) {
+        let expected = "null: a router of Arrow has no adapters in it; mix these with `peft combine --how arrow`";
+        return Err(Error::config("arrow_config", expected, arrow));
+    }
     for field in NOT_BUILT {
         let asked = json.get(field).is_some_and(|v| match v {
             Value::Null | Value::Bool(false) => false,

@@ -200,6 +200,8 @@ impl RopeScaling {
 pub struct KvCache {
     blocks: Vec<Seen>,
     positions: usize,
+    /// That of the pass before, in a model that is computed more than once.
+    before: Option<Box<KvCache>>,
 }
 
 /// What a block saw, `[batch, seq, kv_heads, head_dim]`.
@@ -220,6 +222,14 @@ impl KvCache {
     /// Whether nothing was seen yet.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
+    }
+
+    /// The cache of a pass that so many follow.
+    pub(crate) fn of_pass(&mut self, following: usize) -> &mut Self {
+        match following {
+            0 => self,
+            _ => self.before.get_or_insert_default().of_pass(following - 1),
+        }
     }
 
     /// Keys and values of the one row, `[seq, 2·blocks, kv_heads, head_dim]`.

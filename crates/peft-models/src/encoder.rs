@@ -190,8 +190,23 @@ impl Encoder {
         self.read_with(input, |_, _| ())
     }
 
-    /// [`read`](Self::read), and shows each block with its input.
+    /// [`read`](Self::read), and shows each block with its input in the last pass.
     fn read_with(&self, input: &Input, mut show: impl FnMut(&Block, &Tensor<3>)) -> (Tensor<3>, Tensor<3>) {
+        let Some(prompts) = &self.body.prompts else { return self.pass(input, show) };
+        let mut state = None;
+        let hidden = prompts.passes(|following| {
+            let (hidden, of_pass) = match following {
+                0 => self.pass(input, &mut show),
+                _ => self.pass(input, |_, _| ()),
+            };
+            state = Some(of_pass);
+            hidden
+        });
+        let state = state.unwrap_or_else(|| first(hidden.clone(), input));
+        (hidden, state)
+    }
+
+    fn pass(&self, input: &Input, mut show: impl FnMut(&Block, &Tensor<3>)) -> (Tensor<3>, Tensor<3>) {
         let mut seen = Seen::default();
         let (mut x, input) = match (&self.body.embeddings, input, &self.config.input) {
             (Embeddings::Text(table), Input::Text(text), InputConfig::Text { pad_token_id, .. }) => {

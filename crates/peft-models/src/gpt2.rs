@@ -133,6 +133,13 @@ impl Gpt2 {
     /// # Panics
     /// When the sequence is longer than the position table.
     pub fn hidden(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        self.transformer.prompts.passes(|following| {
+            let cache = cache.as_deref_mut().map(|cache| cache.of_pass(following));
+            self.pass(ids.clone(), layout, cache)
+        })
+    }
+
+    fn pass(&self, ids: Tensor<2, Int>, layout: Layout<'_>, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let (model, device) = (&self.transformer, ids.device());
         let (x, prompt) = enter(&model.prompts, self.embed(ids.clone()), &ids, cache.as_deref());
         let seq = x.dims()[1];

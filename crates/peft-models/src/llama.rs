@@ -129,6 +129,22 @@ impl Llama {
         layout: Layout<'_>,
         mut cache: Option<&mut KvCache>,
     ) -> (Tensor<3>, Vec<Routed>) {
+        let mut routed = Vec::new();
+        let hidden = self.model.prompts.passes(|following| {
+            let cache = cache.as_deref_mut().map(|cache| cache.of_pass(following));
+            let (hidden, of_pass) = self.pass(ids.clone(), layout, cache);
+            routed = of_pass;
+            hidden
+        });
+        (hidden, routed)
+    }
+
+    fn pass(
+        &self,
+        ids: Tensor<2, Int>,
+        layout: Layout<'_>,
+        mut cache: Option<&mut KvCache>,
+    ) -> (Tensor<3>, Vec<Routed>) {
         let (config, model, device) = (&self.config, &self.model, ids.device());
         let x = model.invertible_adapters.enter(self.embed(ids.clone()));
         let (mut x, prompt) = enter(&model.prompts, x, &ids, cache.as_deref());

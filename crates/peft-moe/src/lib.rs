@@ -1,15 +1,23 @@
 //! Mixtures of adapters: several experts in one place, and a router that opens a gate to each of them, row by row.
 //!
-//! A mixture is experts × router × balance ([`MixtureConfig`]), and the published ones are presets: [`molora`], [`mov`], [`mola`], [`loramoe`], [`moelora`].
+//! A mixture is experts × router × balance ([`MixtureConfig`]), and the published ones are presets: [`molora`], [`mov`], [`mola`], [`loramoe`], [`moelora`]. [`ArrowConfig`] makes one
+//! of adapters that are trained already. In [`PolyConfig`] tasks share skills, whose factors are averaged before anything is multiplied by them; in [`XLoraConfig`] a classifier mixes what is trained
+//! already, by what a first pass makes of the text.
 
+mod arrow;
 mod balance;
 mod mixlora;
 mod mixture;
+mod poly;
 mod presets;
 mod router;
+mod xlora;
 
+pub use arrow::ArrowConfig;
 pub use balance::Balance;
 pub use mixlora::{MixLoraAdapter, MixLoraConfig, Projection};
 pub use mixture::{MixtureAdapter, MixtureConfig, task_lora};
+pub use poly::{PolyAdapter, PolyConfig, PolyType};
 pub use presets::{MolaShape, loramoe, mixlora, moelora, mola, molora, mov};
 pub use router::{Level, Router, RouterConfig, Routing};
+pub use xlora::{XLoraAdapter, XLoraConfig};

@@ -212,10 +212,8 @@ impl<M: Composable> Method for MixtureConfig<M> {
     }
 
     fn num_tasks(&self) -> Option<usize> {
-        match self.router {
-            RouterConfig::Task { num_tasks, .. } => Some(num_tasks),
-            _ => None,
-        }
+        let RouterConfig::Task { num_tasks, .. } = self.router else { return None };
+        Some(num_tasks)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter> {
@@ -223,7 +221,8 @@ impl<M: Composable> Method for MixtureConfig<M> {
         let expert = |number: usize| self.expert.init(site, seed.wrapping_add(number as u64));
         let experts = Experts::of((0..count).map(expert).collect::<Result<_>>()?);
         let shared = (count..count + self.num_shared).map(expert).collect::<Result<_>>()?;
-        Ok(MixtureAdapter { experts, shared, router: self.router_at(site, count, seed) })
+        let adapter = MixtureAdapter { experts, shared, router: self.router_at(site, count, seed) };
+        Ok(if matches!(self.router, RouterConfig::Arrow { .. }) { adapter.no_grad() } else { adapter })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

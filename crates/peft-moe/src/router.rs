@@ -5,6 +5,7 @@
 //! - top-k: `g = p` for the `k` largest, divided by their sum, and zero for all others (Shazeer et al. 2017, arXiv:1701.06538; `MixLoRA`, arXiv:2404.15159)
 //! - top-p: the same for the fewest experts whose probabilities reach `p` together (Huang et al. 2024, arXiv:2403.07652)
 //! - switch: `g = p` for the largest alone (Fedus et al. 2022, arXiv:2101.03961)
+//! - arrow: as top-k, with `z = |x·W| / temperature` (Ostapenko et al. 2024, arXiv:2405.11157)
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::softmax;
@@ -32,6 +33,11 @@ pub enum RouterConfig {
     },
     /// The gate of the best alone, as far as the router likes it.
     Switch,
+    /// The gates of the best alone, by how far a row goes along each expert's direction, whatever the sign; nothing is trained: see [`ArrowConfig`](crate::ArrowConfig).
+    Arrow {
+        /// How many.
+        k: usize,
+    },
     /// All gates, as far as the task of a row likes each expert: see [`for_tasks`](peft_core::for_tasks).
     Task {
         /// How many tasks there are.
@@ -95,7 +101,7 @@ pub(crate) struct Look {
 impl RouterConfig {
     pub(crate) fn check(&self) -> Result<()> {
         match self {
-            Self::TopK { k: 0 } => Err(Error::config("router", "top_k of at least 1", 0)),
+            Self::TopK { k: 0 } | Self::Arrow { k: 0 } => Err(Error::config("router", "top_k of at least 1", 0)),
             Self::TopP { p } if !(*p > 0.0 && *p <= 1.0) => {
                 Err(Error::config("router", "top_p of a probability above 0", p))
             }
@@ -119,7 +125,7 @@ impl RouterConfig {
     fn chosen(&self, probabilities: &Tensor<2>) -> Tensor<2> {
         match self {
             Self::Soft | Self::Task { .. } | Self::Switch => best(probabilities, 1),
-            Self::TopK { k } => best(probabilities, *k),
+            Self::TopK { k } | Self::Arrow { k } => best(probabilities, *k),
             Self::TopP { p } => making_up(probabilities, *p),
         }
     }
@@ -136,7 +142,7 @@ fn making_up(probabilities: &Tensor<2>, p: f64) -> Tensor<2> {
 }
 
 /// 1 for the `k` largest of each row, the first of equals.
-fn best(probabilities: &Tensor<2>, k: usize) -> Tensor<2> {
+pub(crate) fn best(probabilities: &Tensor<2>, k: usize) -> Tensor<2> {
     one_by_one(probabilities, k).into_iter().reduce(|open, chosen| open + chosen).expect("one at least")
 }
 
@@ -147,10 +153,10 @@ pub(crate) fn one_by_one(probabilities: &Tensor<2>, k: usize) -> Vec<Tensor<2>> 
     let numbers = Tensor::<1, Int>::arange(0..experts as i64, &device).unsqueeze::<2>().expand([rows, experts]);
     let mut left = probabilities.clone().detach();
     let next = |_| {
-        let chosen = numbers.clone().equal(left.clone().argmax(1).expand([rows, experts])).float().cast(left.dtype());
-        // Below every probability, so that it is not the largest again.
-        left = left.clone() - chosen.clone() * 2.0;
-        chosen
+        let chosen = numbers.clone().equal(left.clone().argmax(1).expand([rows, experts]));
+        // Below everything, so that it is not the largest again.
+        left = left.clone().mask_fill(chosen.clone(), f32::MIN);
+        chosen.float().cast(left.dtype())
     };
     (0..k.min(experts)).map(next).collect()
 }
@@ -211,6 +217,7 @@ impl Router {
             (None, Level::Token) => (jittered(x.cast(dtype).reshape([batch * seq, d_in]), look.jitter), 1),
         };
         let logits = rows.matmul(weight) / look.temperature;
+        let logits = if matches!(config, RouterConfig::Arrow { .. }) { logits.abs() } else { logits };
         let [count, experts] = logits.dims();
         // One decision for all tokens of a row.
         let logits = match repeat {
@@ -222,7 +229,7 @@ impl Router {
         let gates = match config {
             RouterConfig::Soft | RouterConfig::Task { .. } => probabilities.clone(),
             RouterConfig::Switch => probabilities.clone() * chosen.clone(),
-            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } => {
+            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } | RouterConfig::Arrow { .. } => {
                 let gates = probabilities.clone() * chosen.clone();
                 gates.clone() / gates.sum_dim(1)
             }

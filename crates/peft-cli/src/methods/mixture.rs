@@ -3,7 +3,7 @@
 use peft_adapter::Ia3Config;
 use peft_core::Method;
 use peft_lora::LoraConfig;
-use peft_moe::{MixtureConfig, RouterConfig};
+use peft_moe::{MixtureConfig, PolyConfig, RouterConfig};
 
 use super::configure::{initial, only, targets};
 use crate::Result;
@@ -32,6 +32,15 @@ pub(super) fn loramoe(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> 
 /// `MOELoRA`, with a task for each file of data.
 pub(super) fn moelora(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> {
     lora(settings, "moelora", &[], peft_moe::moelora(targets(settings)?, settings.data.len().max(1)))
+}
+
+/// Poly, with a task for each file of data; its skills are the experts.
+pub(super) fn poly(settings: &Settings) -> Result<PolyConfig> {
+    only(settings, "poly", &["num-experts", "rank"])?;
+    let init_weights = initial(settings, "poly", &[(Init::Kaiming, true), (Init::Random, false)])?;
+    let plain = PolyConfig { init_weights, n_tasks: settings.data.len().max(1), ..PolyConfig::default() };
+    let (n_skills, rank) = (settings.num_experts.unwrap_or(plain.n_skills), settings.rank.unwrap_or(plain.rank));
+    Ok(PolyConfig { n_skills, rank, targets: targets(settings)?, ..plain })
 }
 
 /// `MoV`.

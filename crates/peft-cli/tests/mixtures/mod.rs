@@ -56,3 +56,97 @@ fn mixtures_are_trained_used_and_resumed() {
         assert!(code == 2 && message.contains(expected), "{message}");
     }
 }
+
+/// Skills are learned from two tasks, and used for one of them.
+#[test]
+fn skills_are_shared_by_tasks() {
+    let shop = Workshop::new();
+    let (model, first, second) = (shop.path("model"), shop.path("data.jsonl"), shop.path("second.jsonl"));
+    fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
+    let own = ["--method", "poly", "--data", &second, "--num-experts", "3", "--rank", "2", "--steps", "20"];
+    let result = json_of(&strs(&shop.train("poly", &own)));
+    let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+    assert!(loss(&result["after"]) < 0.95 * loss(&result["before"]), "{result}");
+    let out = shop.path("poly");
+    let used = |task: &str| {
+        json_of(&["logits", "--model", &model, "--adapter", &out, "--tokens", "3,4,5", "--task-id", task])["logits"]
+            .clone()
+    };
+    assert_ne!(used("0"), used("1"));
+    let (code, message) = refused(&["logits", "--model", &model, "--adapter", &out, "--tokens", "3", "--task-id", "2"]);
+    assert!(code == 2 && message.contains("has 2"), "{message}");
+    let (code, message) = refused(&["merge", "--model", &model, "--adapter", &out, "--out", &shop.path("merged")]);
+    assert!(code == 1 && message.contains("each task mixes the skills"), "{message}");
+    let (code, message) = refused(&strs(&shop.train("refused", &["--method", "poly", "--num-experts", "0"])));
+    assert!(code == 2 && message.contains("n_skills"), "{message}");
+}
+
+/// What the program wrote is what was to be computed by PEFT's file of logits, of which the first row is read.
+fn gives_the_logits_of_peft(adapter: &str, case: &str) {
+    let bytes = fs::read(testdata(&format!("mixtures/{case}/logits.safetensors"))).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let (tokens, logits) = (file.tensor("tokens").unwrap(), file.tensor("logits").unwrap());
+    let count = tokens.shape()[1];
+    let ids = tokens.data().chunks(8).take(count).map(|id| i64::from_le_bytes(id.try_into().unwrap()).to_string());
+    let ids = ids.collect::<Vec<_>>().join(",");
+    let values = logits.data().chunks(4).map(|value| f64::from(f32::from_le_bytes(value.try_into().unwrap())));
+    let expected: Vec<f64> = values.take(count * logits.shape()[2]).collect();
+    let model = testdata("models/llama");
+    let found = json_of(&["logits", "--model", &model, "--adapter", adapter, "--tokens", &ids]);
+    let found: Vec<f64> = found["logits"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect();
+    assert!(deviation(&found, &expected) < 1e-4, "{case}");
+}
+
+#[test]
+fn trained_adapters_are_mixed_without_training() {
+    let dir = TempDir::new().unwrap();
+    let (out, expert) =
+        (dir.path().join("mixed").display().to_string(), |name| testdata(&format!("mixtures/experts/{name}")));
+    let tasks = ["0", "1", "2"].map(expert);
+    let adapters: Vec<&str> = tasks.iter().flat_map(|task| ["--adapter", task.as_str()]).collect();
+    let combine = |more: &[&str]| {
+        [&["combine", "--json", "--how", "arrow", "--out", &out, "--overwrite"][..], &adapters, more]
+            .concat()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let report = json_of(&strs(&combine(&["--top-k", "2", "--temperature", "0.5"])));
+    assert_eq!((&report["adapters"], &report["top_k"]), (&json!(3), &json!(2)));
+    gives_the_logits_of_peft(&out, "arrow/plain");
+    json_of(&strs(&combine(&[])));
+    gives_the_logits_of_peft(&out, "arrow/all");
+    let general = ["general_0", "general_1"].map(expert);
+    json_of(&strs(&combine(&["--top-k", "2", "--general", &general[0], "--general", &general[1]])));
+    gives_the_logits_of_peft(&out, "arrow/general");
+
+    let weighted = format!("{}=0.5", tasks[0]);
+    let refusals: [(&[&str], &str); 3] = [
+        (&["--adapter", &weighted], "tokens choose the weights"),
+        (&["--rank", "4"], "--how svd"),
+        (&["--top-k", "4"], "from 1 to 3"),
+    ];
+    for (more, expected) in refusals {
+        let (_, message) = refused(&strs(&combine(more)));
+        assert!(message.contains(expected), "{message}");
+    }
+    let (_, message) = refused(&[
+        "combine",
+        "--adapter",
+        &tasks[0],
+        "--top-k",
+        "1",
+        "--out",
+        &dir.path().join("x").display().to_string(),
+    ]);
+    assert!(message.contains("--how arrow"), "{message}");
+    // The router of PEFT has no adapters in it.
+    let (_, message) =
+        refused(&["logits", "--model", "tiny", "--adapter", &testdata("mixtures/arrow/plain"), "--tokens", "1"]);
+    assert!(message.contains("peft combine --how arrow"), "{message}");
+}
+
+#[test]
+fn folders_of_xlora_are_used() {
+    gives_the_logits_of_peft(&testdata("mixtures/xlora/layerwise"), "xlora/layerwise");
+}

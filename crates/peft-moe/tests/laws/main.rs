@@ -1,16 +1,19 @@
 //! Mixtures under the laws of `peft-testkit`, and under laws of their own.
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod arrow;
 mod feed_forward;
 mod mixtures;
+mod poly;
 mod statement;
+mod xlora;
 
 use burn::tensor::Device;
 use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::{Method, Targets};
-use peft_moe::{MixtureConfig, RouterConfig};
+use peft_moe::{MixtureConfig, PolyConfig, RouterConfig};
 use peft_testkit::{Laws, table};
-use statement::{expert, laws, lora_laws, mixlora_laws, router};
+use statement::{expert, laws, lora_laws, mixlora_laws, poly, poly_laws, router};
 
 fn hold<M: Method>(laws: &Laws<M>) {
     let checks = laws.run(&Device::flex());
@@ -45,4 +48,10 @@ fn mixtures_of_other_adapters_obey_the_laws() {
         method.num_experts * (2 * 16 * 4 + 4 + 16) + router(method, site)
     };
     hold(&laws(bottlenecks, params).skip("unaware", "a place is there for adapters alone"));
+}
+
+#[test]
+fn poly_obeys_the_laws() {
+    hold(&poly_laws(poly()));
+    hold(&poly_laws(PolyConfig { n_splits: 4, ..poly() }));
 }

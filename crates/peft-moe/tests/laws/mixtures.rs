@@ -13,35 +13,35 @@ use peft_moe::{Balance, MixtureConfig, RouterConfig, loramoe, mola, molora, mov,
 use peft_moe::{Level, MolaShape, moelora};
 use peft_testkit::fill_adapter;
 
-const WIDTH: usize = 6;
+pub(crate) const WIDTH: usize = 6;
 const NEAR: f32 = 1e-5;
 
 #[derive(Module, Debug)]
-struct Model {
-    proj: Linear,
+pub(crate) struct Model {
+    pub(crate) proj: Linear,
     aware: AdapterAware,
 }
 
-fn wave(count: usize, step: f32) -> Vec<f32> {
+pub(crate) fn wave(count: usize, step: f32) -> Vec<f32> {
     (0..count).map(|i| (step * i as f32).sin()).collect()
 }
 
-fn base(device: &Device) -> Model {
+pub(crate) fn base(device: &Device) -> Model {
     let weight = Tensor::from_data(TensorData::new(wave(WIDTH * WIDTH, 1.7), [WIDTH, WIDTH]), device);
     let proj = LinearConfig::new(WIDTH, WIDTH).with_bias(false).init(device);
     Model { proj: Linear { weight: Param::from_tensor(weight), ..proj }, aware: AdapterAware }
 }
 
-fn x(device: &Device) -> Tensor<3> {
+pub(crate) fn x(device: &Device) -> Tensor<3> {
     Tensor::from_data(TensorData::new(wave(2 * 5 * WIDTH, 0.9), [2, 5, WIDTH]), device)
 }
 
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().iter().collect()
 }
 
 #[track_caller]
-fn near(found: &[f32], expected: &[f32]) {
+pub(crate) fn near(found: &[f32], expected: &[f32]) {
     let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0_f32, f32::max);
     assert!(found.len() == expected.len() && worst < NEAR, "{worst}");
 }
@@ -50,20 +50,20 @@ fn expert() -> LoraConfig {
     LoraConfig::new(2, Targets::modules(["proj"])).with_alpha(3.0)
 }
 
-fn file<M: Method>(model: &Model, method: &M) -> AdapterFile<M> {
+pub(crate) fn file<M: Method>(model: &Model, method: &M) -> AdapterFile<M> {
     AdapterFile::collect(model, method).unwrap()
 }
 
-fn filled<M: Method>(file: AdapterFile<M>) -> Model {
+pub(crate) fn filled<M: Method>(file: AdapterFile<M>) -> Model {
     let model = attach(base(&Device::flex()), &file.method, 0).unwrap();
     file.fill(model, "the values".as_ref(), Strictness::default()).unwrap()
 }
 
-fn random<M: Method>(method: &M) -> Model {
+pub(crate) fn random<M: Method>(method: &M) -> Model {
     fill_adapter(attach(base(&Device::flex()), method, 0).unwrap())
 }
 
-fn output(model: &Model) -> Vec<f32> {
+pub(crate) fn output(model: &Model) -> Vec<f32> {
     values(linear(&model.proj, x(&Device::flex())))
 }
 
@@ -155,7 +155,7 @@ impl ParamVisitor for Moved<'_> {
     }
 }
 
-fn moved(model: &Model, loss: Tensor<1>) -> Vec<String> {
+pub(crate) fn moved(model: &Model, loss: Tensor<1>) -> Vec<String> {
     let grads = GradientsParams::from_grads(loss.backward(), model);
     let mut moved = Moved { grads: &grads, names: Vec::new() };
     visit_params(model, &mut moved);

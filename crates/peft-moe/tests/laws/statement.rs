@@ -2,7 +2,7 @@
 
 use peft_core::{Composable, Method, Result, Site, Targets};
 use peft_lora::LoraConfig;
-use peft_moe::{MixLoraConfig, MixtureConfig, Projection, RouterConfig};
+use peft_moe::{MixLoraConfig, MixtureConfig, PolyConfig, Projection, RouterConfig};
 use peft_testkit::{Laws, Layer, Matrix};
 
 /// `LoRA`s of rank two in the laws' model.
@@ -96,16 +96,62 @@ fn gates(method: &MixtureConfig<LoraConfig>, layer: &Layer<'_>) -> Result<Vec<Ve
         let before = |e: usize| p.iter().filter(|other| **other > p[e]).collect::<Vec<_>>();
         let open = |e: usize| match method.router {
             RouterConfig::Soft | RouterConfig::Task { .. } => true,
-            RouterConfig::TopK { k } => before(e).len() < k,
+            RouterConfig::TopK { k } | RouterConfig::Arrow { k } => before(e).len() < k,
             RouterConfig::Switch => before(e).is_empty(),
             RouterConfig::TopP { p } => before(e).into_iter().sum::<f64>() < p,
         };
         let gates: Vec<f64> = (0..p.len()).map(|e| if open(e) { p[e] } else { 0.0 }).collect();
         let whole = match method.router {
-            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } => gates.iter().sum(),
+            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } | RouterConfig::Arrow { .. } => gates.iter().sum(),
             _ => 1.0,
         };
         gates.into_iter().map(|gate| gate / whole).collect()
     };
     Ok(logits.values().chunks(logits.columns()).map(row).collect())
+}
+
+/// Skills of rank two in the laws' model.
+pub(crate) fn poly() -> PolyConfig {
+    PolyConfig { rank: 2, ..PolyConfig::new(3, 2, Targets::modules(["up", "down"])) }
+}
+
+/// The laws for Poly.
+pub(crate) fn poly_laws(method: PolyConfig) -> Laws<PolyConfig> {
+    let params = |method: &PolyConfig, site: &Site| {
+        let skills = method.n_skills * method.rank * (site.d_in + site.d_out);
+        skills + method.n_tasks * method.n_splits * method.n_skills
+    };
+    Laws::new(method, params, ("n_skills", 0.into()))
+        .with_reference(skilled)
+        .skip("backend_gradients", "training samples gates, and each device draws them in its own way")
+}
+
+/// `x·W + b + x·A·B / rank` of the task of each row.
+fn skilled(method: &PolyConfig, layer: &Layer<'_>) -> Result<Matrix> {
+    let (a, b, logits) = (layer.field("a")?, layer.field("b")?, layer.field("logits")?);
+    let (splits, skills, rank) = (method.n_splits, method.n_skills, method.rank);
+    let (d_in, d_out) = (layer.x.columns(), layer.site.d_out);
+    let (part_in, part_out) = (d_in / splits, d_out / splits);
+    let mut update = Vec::new();
+    for (row, x) in layer.x.values().chunks(d_in).enumerate() {
+        let task = 1 - row / SEQ % 2;
+        let open = |split: usize, skill: usize| {
+            let z = logits.values()[(task * splits + split) * skills + skill];
+            1.0 / (1.0 + (-z).exp())
+        };
+        let gate = |split: usize, skill: usize| open(split, skill) / (0..skills).map(|s| open(split, s)).sum::<f64>();
+        let mixed = |factor: &Matrix, split: usize, within: usize, size: usize| -> f64 {
+            (0..skills).map(|s| gate(split, s) * factor.values()[(split * skills + s) * size + within]).sum()
+        };
+        let inner = |k: usize| -> f64 {
+            (0..d_in).map(|i| x[i] * mixed(a, i / part_in, i % part_in * rank + k, part_in * rank)).sum()
+        };
+        let inner: Vec<f64> = (0..rank).map(inner).collect();
+        let value = |out: usize| -> f64 {
+            let factor = |k: usize| mixed(b, out / part_out, k * part_out + out % part_out, rank * part_out);
+            (0..rank).map(|k| inner[k] * factor(k)).sum()
+        };
+        update.extend((0..d_out).map(|out| value(out) / rank as f64));
+    }
+    layer.base(&layer.x)?.plus(&Matrix::new(layer.x.rows(), d_out, update)?)
 }

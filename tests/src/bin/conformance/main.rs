@@ -161,6 +161,7 @@ impl Runner<'_> {
             let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
             checks.extend(self.laws("mixlora", mixture::mixlora_laws()));
             checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
+            checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
         }
         checks
     }

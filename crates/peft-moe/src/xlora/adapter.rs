@@ -1,0 +1,93 @@
+//! What X-LoRA computes: two passes of a model, and in each layer the experts as far as they count.
+
+use burn::module::{Module, Reparameterization};
+use burn::tensor::Tensor;
+use burn::tensor::activation::softmax;
+use peft_core::{Activation, Base, Part};
+use peft_lora::LoraAdapter;
+
+use super::classifier::Classifier;
+use super::scalings::{Scalings, scalings, with_scalings};
+use crate::router::best;
+
+/// State of [`XLoraConfig`](super::XLoraConfig) at one place: the classifier at that of prompts, experts in a layer.
+#[derive(Module, Debug)]
+pub struct XLoraAdapter {
+    pub(super) classifier: Option<Classifier>,
+    /// `None` for one that is not in this layer.
+    pub(super) experts: Vec<Option<LoraAdapter>>,
+    /// The number of the layer among those that are adapted.
+    #[module(skip)]
+    pub(super) layer: usize,
+    #[module(skip)]
+    pub(super) mix: Mix,
+}
+
+/// What becomes of scalings.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mix {
+    /// Which count at all.
+    pub(super) top_k: Option<usize>,
+    /// Whether those sum up to one.
+    pub(super) softmax: bool,
+    /// Of all.
+    pub(super) weight: f64,
+    /// All of them in the first pass.
+    pub(super) first: f64,
+}
+
+impl XLoraAdapter {
+    /// How far each expert counts for the rows of `x`, `[rows, experts]`; nothing where none does.
+    fn gates(&self, x: &Tensor<2>) -> Option<Tensor<2>> {
+        let (rows, experts) = (x.dims()[0], self.experts.len());
+        let mut scalings = match scalings() {
+            Scalings::Same(0.0) => return None,
+            Scalings::Same(value) => Tensor::full([rows, experts], value, (&x.device(), x.dtype())),
+            Scalings::Each(all) => {
+                let [batch, seq, layers, _] = all.dims();
+                assert_eq!(batch * seq, rows, "scalings of {batch} x {seq} tokens for a layer with another number");
+                all.narrow(2, self.layer.min(layers - 1), 1).reshape([rows, experts])
+            }
+        };
+        if let Some(k) = self.mix.top_k {
+            scalings = scalings.clone() * best(&scalings, k);
+        }
+        if self.mix.softmax {
+            let shut = scalings.clone().equal_elem(0.0);
+            let open = scalings.mask_fill(shut.clone(), f32::MIN);
+            scalings = softmax(open, 1).mask_fill(shut, 0.0);
+        }
+        Some(scalings * self.mix.weight)
+    }
+}
+
+/// The weight form: there is none, as tokens differ.
+impl Reparameterization for XLoraAdapter {
+    const NAME: &'static str = "xlora";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        base
+    }
+}
+
+impl Activation for XLoraAdapter {
+    fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
+        let y = base.linear(x.clone());
+        let Some(gates) = self.gates(&x) else { return Some(y) };
+        let ([batch, seq], [_, d_in], dtype) = (base.leading(), x.dims(), y.dtype());
+        let seen = x.reshape([batch, seq, d_in]);
+        let update = |(number, expert): (usize, &Option<LoraAdapter>)| {
+            let gate = gates.clone().narrow(1, number, 1);
+            Some(LoraAdapter::mixed(std::slice::from_ref(expert.as_ref()?), seen.clone(), gate))
+        };
+        let updates = self.experts.iter().enumerate().filter_map(update);
+        Some(updates.fold(y, |y, update| y + update.flatten(0, 1).cast(dtype)))
+    }
+
+    fn passes(&self, pass: &mut dyn FnMut(usize) -> Tensor<3>) -> Tensor<3> {
+        let Some(classifier) = &self.classifier else { return pass(0) };
+        // PEFT lets no gradient through the first pass.
+        let hidden = with_scalings(Scalings::Same(self.mix.first), || pass(1)).detach();
+        with_scalings(Scalings::Each(classifier.forward(hidden)), || pass(0))
+    }
+}

@@ -1,0 +1,41 @@
+//! How far each expert counts in a pass, said around it: layers deep in a model read it where they need it.
+
+use std::cell::RefCell;
+
+use burn::tensor::Tensor;
+
+/// How far experts count.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one a pass")]
+pub(super) enum Scalings {
+    /// All as far, everywhere.
+    Same(f64),
+    /// Each for itself, `[batch, seq, layers or 1, experts]`.
+    Each(Tensor<4>),
+}
+
+thread_local! {
+    /// What [`with_scalings`] was called with, further down this thread's stack.
+    static SCALINGS: RefCell<Option<Scalings>> = const { RefCell::new(None) };
+}
+
+/// Computes `pass` with these; it ends with the call and holds on this thread alone.
+pub(super) fn with_scalings<R>(scalings: Scalings, pass: impl FnOnce() -> R) -> R {
+    /// What held before holds again, whatever way `pass` ends.
+    struct Before(Option<Scalings>);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            SCALINGS.set(self.0.take());
+        }
+    }
+    let _before = Before(SCALINGS.replace(Some(scalings)));
+    pass()
+}
+
+/// Those of the pass.
+///
+/// # Panics
+/// Outside of [`with_scalings`].
+pub(super) fn scalings() -> Scalings {
+    SCALINGS.with_borrow(Clone::clone).expect("experts of X-LoRA are computed inside the passes of their model")
+}
