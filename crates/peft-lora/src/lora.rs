@@ -20,8 +20,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::init::InitWeights;
-use crate::{grouped, hub, per_expert, unbuilt};
+use crate::{InitWeights, grouped, hub, per_expert, unbuilt};
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -128,9 +127,8 @@ impl LoraConfig {
     /// # Errors
     /// When an entry of `rank_pattern` or `alpha_pattern` is no regular expression.
     pub fn scale_of(&self, path: &str) -> Result<f64> {
-        let alpha =
-            pattern_value("alpha_pattern", &self.alpha_pattern, &self.targets.name_of(path))?.unwrap_or(&self.alpha);
-        let rank = self.rank_of(path)? as f64;
+        let alpha = pattern_value("alpha_pattern", &self.alpha_pattern, &self.targets.name_of(path))?;
+        let (alpha, rank) = (alpha.unwrap_or(&self.alpha), self.rank_of(path)? as f64);
         Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
     }
 }
