@@ -4,6 +4,7 @@
 mod adapterhub;
 mod composition;
 mod encoders;
+mod expert_lora;
 mod experts;
 mod golden;
 mod hostile;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
+mod experts;
 mod hub;
 mod labels;
 mod mixtures;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use burn::module::{Module, Param, ParamId, Reparameterizer};
 use burn::tensor::{DType, Tensor};
 
-use crate::targets::{is_named, parameter};
+use crate::targets::unmatched;
 use crate::{
     Error, LayerKind, Matcher, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
     visit_params,
@@ -108,19 +108,6 @@ pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&
     }
 }
 
-/// The names of parameters that name none of the model's.
-fn unmatched(found: &Scan, names: &[String]) -> Vec<Problem> {
-    let parameters: Vec<String> = found.sites.iter().filter_map(|site| parameter(&site.path, site.kind)).collect();
-    let none = |name: &&String| !parameters.iter().any(|parameter| is_named(parameter, name));
-    let experts = found.sites.iter().any(|site| site.experts.is_some());
-    let problem = |name: &String| {
-        let near = found.sites.iter().filter(|site| site.experts.is_some() || !experts);
-        let near = nearest(near.map(|site| site.path.as_str()), name);
-        Problem::NoMatch { targets: format!("target_parameters \"{name}\""), near }
-    };
-    names.iter().filter(none).map(problem).collect()
-}
-
 /// The last `count` of `sites` in the order of the model; `field` is for messages.
 fn last<'a>(found: &Scan, mut sites: Vec<&'a Site>, field: &str, count: usize) -> Result<Vec<&'a Site>> {
     let Some(others) = sites.len().checked_sub(count) else {
@@ -135,7 +122,7 @@ fn last<'a>(found: &Scan, mut sites: Vec<&'a Site>, field: &str, count: usize) -
 }
 
 /// The distinct last components of `paths`, those most like a word of `wanted` first.
-fn nearest<'a>(paths: impl Iterator<Item = &'a str>, wanted: &str) -> Vec<String> {
+pub(crate) fn nearest<'a>(paths: impl Iterator<Item = &'a str>, wanted: &str) -> Vec<String> {
     const SHOWN: usize = 8;
     let words: Vec<&str> = wanted.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|w| !w.is_empty()).collect();
     let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();

@@ -540,7 +540,7 @@ impl<M: Method> ParamMapper for Filler<M> {
             self.problems.push(Problem::Shape { name: key.name, expected, found: found.shape });
             return param;
         }
-        let values = key.from_file(&shape, found.values);
+        let values = key.out_of_file(&shape, found.values);
         param.map(|old| {
             let (device, trained) = (old.device(), old.is_require_grad());
             Tensor::from_data(TensorData::new(values, shape), (&device, old.dtype())).set_require_grad(trained)

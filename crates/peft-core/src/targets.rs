@@ -1,6 +1,7 @@
 //! Which modules are adapted and what else is trained, by exactly Hugging Face PEFT's rules.
 
-use std::borrow::Cow;
+mod parameters;
+
 use std::fmt;
 
 use fancy_regex::Regex;
@@ -9,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::site::is_router;
 use crate::{Error, LayerKind, Result};
+
+pub(crate) use self::parameters::unmatched;
+use self::parameters::{is_named, parameter};
 
 /// A regular expression that must match a whole name, or a list of dotted suffixes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,32 +138,6 @@ impl Targets {
     /// Every linear layer but the output head (`lm_head`).
     pub fn all_linear() -> Self {
         Self::pattern("all-linear")
-    }
-
-    /// Every parameter whose name is one of these, or ends in a dot and one of these.
-    pub fn parameters<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
-        Self::default().with_parameters(names)
-    }
-
-    /// These, and the parameters of those names.
-    #[must_use]
-    pub fn with_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
-        // PEFT takes null for modules of its own choice.
-        let target_modules = self.target_modules.or_else(|| Some(Names::List(Vec::new())));
-        let target_parameters = Some(names.into_iter().map(Into::into).collect());
-        Self { target_modules, target_parameters, ..self }
-    }
-
-    /// The names of parameters to adapt.
-    pub fn parameter_names(&self) -> &[String] {
-        self.target_parameters.as_deref().unwrap_or_default()
-    }
-
-    /// What a pattern of names calls the module `path`: the parameter that it is where these name that, else the module.
-    pub fn name_of<'a>(&self, path: &'a str) -> Cow<'a, str> {
-        let weight = parameter(path, LayerKind::Linear)
-            .filter(|weight| self.parameter_names().iter().any(|name| is_named(weight, name)));
-        weight.map_or(Cow::Borrowed(path), Cow::Owned)
     }
 
     /// Compiles the rules.
@@ -344,20 +322,6 @@ pub fn pattern_value<'a, T>(field: &str, patterns: &'a IndexMap<String, T>, key:
         }
     }
     Ok(None)
-}
-
-/// What a parameter is called that [`Targets::target_parameters`] may name: the weight of the module `key`.
-pub(crate) fn parameter(key: &str, kind: LayerKind) -> Option<String> {
-    match kind {
-        LayerKind::GroupedLinear => Some(key.to_owned()),
-        LayerKind::Linear => Some(format!("{key}.weight")),
-        _ => None,
-    }
-}
-
-/// Whether an entry of [`Targets::target_parameters`] names the parameter.
-pub(crate) fn is_named(parameter: &str, name: &str) -> bool {
-    parameter == name || ends_with_segment(parameter, name)
 }
 
 fn ends_with_segment(key: &str, name: &str) -> bool {

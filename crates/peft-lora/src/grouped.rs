@@ -8,9 +8,23 @@
 
 use burn::tensor::Tensor;
 use peft_core::kernels::grouped_linear;
-use peft_core::{Error, GroupedBase, Result};
+use peft_core::{Error, FileTensor, GroupedBase, Result, Site};
 
 use crate::{LoraAdapter, LoraConfig};
+
+/// `A` by expert and rank, `B` by rank and expert.
+pub(crate) const TENSORS: [FileTensor; 2] = [
+    FileTensor { field: "a", key: "lora_A.weight", transposed: false },
+    FileTensor { field: "b", key: "lora_B.weight", transposed: true },
+];
+
+/// The shapes of `A` and `B` in a layer, or in those of several experts.
+pub(crate) fn shapes(site: &Site, rank: usize) -> ([usize; 2], [usize; 2]) {
+    match site.experts {
+        Some(experts) => ([experts * rank, site.d_in], [experts * site.d_out, rank]),
+        None => ([site.d_in, rank], [rank, site.d_out]),
+    }
+}
 
 /// Refuses what PEFT refuses beside `target_parameters`, of whatever layer these are.
 pub(crate) fn check(config: &LoraConfig) -> Result<()> {

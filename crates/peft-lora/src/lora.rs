@@ -20,8 +20,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::init::InitWeights;
-use crate::{grouped, hub, per_expert, unbuilt};
+use crate::{InitWeights, grouped, hub, per_expert, unbuilt};
 
 /// Configuration of LoRA; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -128,9 +127,8 @@ impl LoraConfig {
     /// # Errors
     /// When an entry of `rank_pattern` or `alpha_pattern` is no regular expression.
     pub fn scale_of(&self, path: &str) -> Result<f64> {
-        let alpha =
-            pattern_value("alpha_pattern", &self.alpha_pattern, &self.targets.name_of(path))?.unwrap_or(&self.alpha);
-        let rank = self.rank_of(path)? as f64;
+        let alpha = pattern_value("alpha_pattern", &self.alpha_pattern, &self.targets.name_of(path))?;
+        let (alpha, rank) = (alpha.unwrap_or(&self.alpha), self.rank_of(path)? as f64);
         Ok(if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank })
     }
 }
@@ -210,10 +208,7 @@ impl Method for LoraConfig {
 
     fn init(&self, site: &Site, seed: u64) -> Result<LoraAdapter> {
         let (rank, mut rng) = (self.rank_of(&site.path)?, site.rng(seed));
-        let (a, b) = match site.experts {
-            Some(experts) => ([experts * rank, site.d_in], [experts * site.d_out, rank]),
-            None => ([site.d_in, rank], [rank, site.d_out]),
-        };
+        let (a, b) = grouped::shapes(site, rank);
         let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
         let (a, b) = match (site.kind, self.init_lora_weights) {
             (LayerKind::Embedding, InitWeights::Random) => {
@@ -226,24 +221,18 @@ impl Method for LoraConfig {
                 (site.uniform(a, bound(site.d_in), &mut rng), site.uniform(b, bound(rank), &mut rng))
             }
         };
+        let refused = |field: &str, why: &str| {
+            Error::config(field, format!("false: {} is an embedding, which {why}", site.path), true)
+        };
         let bias = match (self.lora_bias, self.init_lora_weights) {
             (false, _) => None,
-            (true, _) if site.kind == LayerKind::Embedding => {
-                return Err(Error::config(
-                    "lora_bias",
-                    format!("false: {} is an embedding, which has no bias", site.path),
-                    true,
-                ));
-            }
+            (true, _) if site.kind == LayerKind::Embedding => return Err(refused("lora_bias", "has no bias")),
             (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)),
             (true, _) => Some(site.zeros([site.d_out])),
         };
         let gate = match (self.use_gating, site.kind) {
             (false, _) => None,
-            (true, LayerKind::Embedding) => {
-                let expected = format!("false: {} is an embedding, which sees no activations", site.path);
-                return Err(Error::config("use_gating", expected, true));
-            }
+            (true, LayerKind::Embedding) => return Err(refused("use_gating", "sees no activations")),
             (true, _) => Some(Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1))),
         };
         let dropout = DropoutConfig::new(self.dropout).init();
@@ -256,9 +245,7 @@ impl Method for LoraConfig {
         }
         match kind {
             LayerKind::Embedding => &const { [tensor("a", "lora_embedding_A"), tensor("b", "lora_embedding_B")] },
-            LayerKind::GroupedLinear => {
-                &const { [FileTensor { transposed: false, ..tensor("a", "lora_A.weight") }, tensor("b", "lora_B.weight")] }
-            }
+            LayerKind::GroupedLinear => &grouped::TENSORS,
             _ => {
                 &const {
                     let bias = FileTensor { field: "bias", key: "lora_B.bias", transposed: false };
@@ -313,8 +300,7 @@ impl Reparameterization for LoraAdapter {
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let (shape, dtype) = (base.shape(), base.dtype());
         // What is no matrix are the matrices of experts.
-        let delta =
-            if D == 2 { self.delta().reshape::<D, _>(shape) } else { self.deltas(shape[0]).reshape::<D, _>(shape) };
+        let delta: Tensor<D> = if D == 2 { self.delta().reshape(shape) } else { self.deltas(shape[0]).reshape(shape) };
         (base.cast(delta.dtype()) + delta).cast(dtype)
     }
 }

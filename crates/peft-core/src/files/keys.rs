@@ -62,7 +62,7 @@ impl Key {
     }
 
     /// The reverse of [`to_file`](Self::to_file).
-    pub(super) fn from_file(&self, shape: &[usize], values: Vec<f32>) -> Vec<f32> {
+    pub(super) fn out_of_file(&self, shape: &[usize], values: Vec<f32>) -> Vec<f32> {
         match self.form(shape).1 {
             Some([rows, columns]) => transpose(&values, columns, rows),
             None => values,
