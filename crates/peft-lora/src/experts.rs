@@ -9,6 +9,7 @@
 use burn::module::{Module, Param};
 use burn::nn::Dropout;
 use burn::tensor::Tensor;
+use peft_core::files::Values;
 use peft_core::kernels::low_rank_experts;
 use peft_core::{End, Experts};
 
@@ -30,6 +31,23 @@ pub struct LoraExperts {
 /// Values of several parameters as one.
 fn joined<const D: usize>(parts: Vec<Tensor<D>>, dim: usize) -> Param<Tensor<D>> {
     Param::from_tensor(Tensor::cat(parts, dim).detach())
+}
+
+/// The factors of several adapters in a file as that of all has them: `lora_A.weight` `[rank, d_in]` by rows, `lora_B.weight` `[d_out, rank]` by columns. Nothing where
+/// there are none, or they have different shapes.
+pub fn join_factors(key: &str, experts: &[Values]) -> Option<Values> {
+    let [rows, columns] = experts.first()?.shape[..] else { return None };
+    if experts.iter().any(|expert| expert.shape != [rows, columns]) {
+        return None;
+    }
+    if key.ends_with("lora_A.weight") {
+        let values = experts.iter().flat_map(|expert| expert.values.iter().copied()).collect();
+        return Some(Values { shape: vec![experts.len() * rows, columns], values });
+    }
+    let line = |row: usize| {
+        experts.iter().flat_map(move |expert| expert.values[row * columns..(row + 1) * columns].iter().copied())
+    };
+    Some(Values { shape: vec![rows, experts.len() * columns], values: (0..rows).flat_map(line).collect() })
 }
 
 impl Experts<LoraAdapter> for LoraExperts {

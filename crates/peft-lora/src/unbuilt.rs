@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 /// Refuses a file that asks for one of them.
 pub(crate) fn check(json: &Map<String, Value>) -> Result<()> {
     // Each of these changes what the adapter computes, so ignoring it would be silently wrong.
-    const NOT_BUILT: [&str; 11] = [
+    const NOT_BUILT: [&str; 10] = [
         "use_dora",
         "use_qalora",
         "use_bdlora",

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use peft_core::files::{CONFIG_FILE, Values};
 use peft_core::{AdapterFile, Error, Result};
-use peft_lora::{Combination, LoraConfig, combine};
+use peft_lora::{Combination, LoraConfig, combine, join_factors};
 use serde::{Deserialize, Serialize};
 
 use crate::{MixtureConfig, RouterConfig};
@@ -66,8 +66,9 @@ impl ArrowConfig {
         let first = tasks.first().ok_or_else(|| Error::config("tasks", "an adapter at least", "none"))?;
         self.check(tasks.len(), general.len())?;
         tasks.iter().chain(general).try_for_each(|file| check_alike(first, file))?;
-        let (mut tensors, mut prototypes) = (BTreeMap::new(), BTreeMap::<String, Vec<f32>>::new());
-        for (number, task) in tasks.iter().enumerate() {
+        let (mut factors, mut prototypes) =
+            (BTreeMap::<String, Vec<Values>>::new(), BTreeMap::<String, Vec<f32>>::new());
+        for task in tasks {
             let task = without(task, general);
             for (path, prototype) in prototypes_of(&task)? {
                 prototypes.entry(path).or_default().extend(prototype);
@@ -79,9 +80,14 @@ impl ArrowConfig {
                     let scale = task.method.scale_of(path)? as f32;
                     values.values.iter_mut().for_each(|value| *value *= scale);
                 }
-                tensors.insert(format!("{path}.experts.{number}.{factor}"), values);
+                factors.entry(format!("{path}.experts.{factor}")).or_default().push(values);
             }
         }
+        let joined = |(key, parts): (String, Vec<Values>)| {
+            let alike = || Error::config(&key, "matrices of one shape", "others");
+            Ok((key.clone(), join_factors(&key, &parts).ok_or_else(alike)?))
+        };
+        let mut tensors = factors.into_iter().map(joined).collect::<Result<BTreeMap<_, _>>>()?;
         let weight = |(path, values): (String, Vec<f32>)| {
             let shape = vec![tasks.len(), values.len() / tasks.len()];
             (format!("{path}.router.weight"), Values { shape, values })

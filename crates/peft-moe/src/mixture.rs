@@ -289,7 +289,7 @@ pub fn task_lora(file: &AdapterFile<MixtureConfig<LoraConfig>>, task: usize) -> 
         // In the file `[experts · rank, d_in]` and `[d_out, experts · rank]`.
         let factor = |key: &str| tensor(file, &format!("{path}.{EXPERTS}.{key}"));
         let (down, mut up) = (factor("lora_A.weight")?.clone(), factor("lora_B.weight")?.clone());
-        let rank = method.expert.rank;
+        let rank = down.shape[0] / experts;
         up.values.iter_mut().enumerate().for_each(|(at, value)| *value *= gates[at / rank % experts]);
         tensors.insert(format!("{path}.lora_A.weight"), down);
         tensors.insert(format!("{path}.lora_B.weight"), up);

@@ -115,7 +115,7 @@ impl RouterConfig {
     /// How many gates of a row are open at most, of `experts`.
     pub(crate) fn most_open(&self, experts: usize) -> usize {
         match self {
-            Self::TopK { k } => *k.min(&experts),
+            Self::TopK { k } | Self::Arrow { k } => *k.min(&experts),
             Self::Switch => 1,
             Self::Soft | Self::TopP { .. } | Self::Task { .. } => experts,
         }

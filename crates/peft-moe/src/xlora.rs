@@ -69,6 +69,7 @@ pub struct XLoraConfig {
 /// Experts have their own; nothing is trained besides.
 static NO_TARGETS: Targets = Targets {
     target_modules: None,
+    target_parameters: None,
     exclude_modules: None,
     layers_to_transform: None,
     layers_pattern: None,

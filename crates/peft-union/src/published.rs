@@ -10,7 +10,7 @@ use std::path::Path;
 
 use peft_core::files::{CONFIG_FILE, Values, read_tensors};
 use peft_core::{AdapterFile, Error, Problem, Result, Targets};
-use peft_lora::LoraConfig;
+use peft_lora::{LoraConfig, join_factors};
 use peft_moe::{Balance, MixLoraConfig, MixtureConfig, Projection, RouterConfig};
 use serde::Deserialize;
 
@@ -208,28 +208,17 @@ impl Tensors {
     /// Puts the factors of experts side by side: `A` by rows, `B` by columns, as a file has them.
     fn join_experts(&mut self, count: usize) {
         for (key, experts) in std::mem::take(&mut self.experts) {
-            let whole = (0..count).all(|number| experts.contains_key(&number)) && experts.len() == count;
-            let shape = experts.values().next().map(|first| first.shape.clone()).unwrap_or_default();
-            let alike = experts.values().all(|expert| expert.shape == shape);
-            let ([rows, columns], true, true) = (&shape[..], whole, alike) else {
-                let found = experts.iter().map(|(number, values)| format!("{number} {:?}", values.shape));
-                let what =
-                    format!("expected {count} experts of one shape, found {}", found.collect::<Vec<_>>().join(", "));
-                self.problems.push(Problem::Other { path: key, what });
-                continue;
-            };
-            let joined = if key.ends_with("lora_A.weight") {
-                let values = experts.values().flat_map(|expert| expert.values.iter().copied()).collect();
-                Values { shape: vec![count * rows, *columns], values }
-            } else {
-                let row = |row: usize| {
-                    experts
-                        .values()
-                        .flat_map(move |expert| expert.values[row * columns..(row + 1) * columns].iter().copied())
-                };
-                Values { shape: vec![*rows, count * columns], values: (0..*rows).flat_map(row).collect() }
-            };
-            self.joined.insert(key, joined);
+            let found: Vec<String> =
+                experts.iter().map(|(number, values)| format!("{number} {:?}", values.shape)).collect();
+            let whole = experts.keys().copied().eq(0..count);
+            let factors: Vec<Values> = experts.into_values().collect();
+            match join_factors(&key, &factors).filter(|_| whole) {
+                Some(joined) => drop(self.joined.insert(key, joined)),
+                None => {
+                    let what = format!("expected {count} experts of one shape, found {}", found.join(", "));
+                    self.problems.push(Problem::Other { path: key, what });
+                }
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
-use peft_core::{Activation, Base, Part};
+use peft_core::{Activation, Base, Part as _};
 use peft_lora::LoraAdapter;
 
 use super::classifier::Classifier;
@@ -77,8 +77,10 @@ impl Activation for XLoraAdapter {
         let ([batch, seq], [_, d_in], dtype) = (base.leading(), x.dims(), y.dtype());
         let seen = x.reshape([batch, seq, d_in]);
         let update = |(number, expert): (usize, &Option<LoraAdapter>)| {
-            let gate = gates.clone().narrow(1, number, 1);
-            Some(LoraAdapter::mixed(std::slice::from_ref(expert.as_ref()?), seen.clone(), gate))
+            // Of what is not trained no dropout acts.
+            let update = expert.as_ref()?.update(seen.clone());
+            let gate = gates.clone().narrow(1, number, 1).reshape([batch, seq, 1]).cast(update.dtype());
+            Some(update * gate)
         };
         let updates = self.experts.iter().enumerate().filter_map(update);
         Some(updates.fold(y, |y, update| y + update.flatten(0, 1).cast(dtype)))
