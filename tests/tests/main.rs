@@ -10,6 +10,7 @@ mod hostile;
 mod labels;
 mod llama_adapter;
 mod packed;
+mod pill;
 mod prompt_variants;
 mod prompts;
 mod training;

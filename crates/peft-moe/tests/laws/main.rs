@@ -1,4 +1,4 @@
-//! Mixtures under the laws of `peft-testkit`, and under laws of their own.
+//! Mixtures and PILL under the laws of `peft-testkit`, and under laws of their own.
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
 mod mixtures;
@@ -9,7 +9,7 @@ use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::{Method, Targets};
 use peft_moe::{MixtureConfig, RouterConfig};
 use peft_testkit::{Laws, table};
-use statement::{expert, laws, lora_laws, router};
+use statement::{expert, laws, lora_laws, pill, pill_without_gate, router};
 
 fn hold<M: Method>(laws: &Laws<M>) {
     let checks = laws.run(&Device::flex());
@@ -39,4 +39,11 @@ fn mixtures_of_other_adapters_obey_the_laws() {
         method.num_experts * (2 * 16 * 4 + 4 + 16) + router(method, site)
     };
     hold(&laws(bottlenecks, params).skip("unaware", "a place is there for adapters alone"));
+}
+
+#[test]
+fn pill_obeys_the_laws() {
+    hold(&pill());
+    hold(&pill_without_gate(false));
+    hold(&pill_without_gate(true));
 }

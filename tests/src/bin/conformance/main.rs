@@ -154,12 +154,17 @@ impl Runner<'_> {
         checks.extend(self.laws("llama-adapter", prompt::llama_adapter()));
         let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
         checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
+        checks.extend(self.laws("pill", mixture::pill()));
         // Tasks choose among what the others compute; a driver in software would compile kernels for minutes to see that.
         if !self.fuses {
             checks.extend(self.laws("multitask", prompt::multitask()));
             let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
             let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
             checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
+            for apart in [false, true] {
+                let name = if apart { "pill without gates" } else { "pill with one expert" };
+                checks.extend(self.laws(name, mixture::pill_without_gate(apart)));
+            }
         }
         checks
     }
