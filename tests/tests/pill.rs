@@ -212,9 +212,10 @@ fn a_mask_of_one_modality_is_the_single_adapter() {
     let method = PillConfig::decoder(4).without_gate();
     let adapted = random("llama", &method);
     let mut file = AdapterFile::collect(&adapted, &method).unwrap();
-    let other = |key: &str| match key.contains("pill_text") {
-        true => key.replace("pill_text", "pill_image"),
-        false => key.replace("pill_image", "pill_text"),
+    let other = |key: &str| {
+        let [from, to] =
+            if key.contains("pill_text") { ["pill_text", "pill_image"] } else { ["pill_image", "pill_text"] };
+        key.replace(from, to)
     };
     file.tensors = file.tensors.iter().map(|(key, values)| (other(key), values.clone())).collect();
     let swapped = file.fill(adapted.clone(), Path::new("swapped"), Strictness::default()).unwrap();
