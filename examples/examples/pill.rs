@@ -83,20 +83,13 @@ fn main() -> Result<()> {
     let pill = PillConfig::decoder(8).with_features(FeatureConfig { width, hidden: None });
     let model = base.clone().attach(&pill)?;
     println!("PILL: {}", model.trainable());
-    let judge = |model: &CausalLm, when: &str| -> Result<f64> {
-        let loss = held_out
-            .chunks(batch_size)
-            .map(|batch| loss(model, batch, &plain).into_scalar::<f32>() * batch.len() as f32);
-        let loss = loss.sum::<f32>() / held_out.len() as f32;
-        let said = held_out.iter().map(|image| say(model, image, tokenizer, &plain)).collect::<Result<Vec<_>>>()?;
-        let right =
-            said.iter().zip(&held_out).filter(|(said, image)| named(said, &pictures.names) == Some(image.class));
-        let accuracy = right.count() as f64 / held_out.len() as f64;
+    let judge = |model: &CausalLm, when: &str| {
+        let (loss, accuracy) = judge(model, &held_out, &pictures.names, tokenizer, &plain)?;
         println!("{when}: held-out loss {loss:.4}, the right name in {:.1} % of the captions", 100.0 * accuracy);
-        for (said, image) in said.iter().zip(&held_out).take(6) {
-            println!("  {:11} {said:?}", pictures.names[image.class]);
+        for image in held_out.iter().take(6) {
+            println!("  {:11} {:?}", pictures.names[image.class], say(model, image, tokenizer, &plain)?);
         }
-        Ok(accuracy)
+        Ok::<_, Box<dyn Error>>(accuracy)
     };
     let before = judge(&model.valid(), "before")?;
     let started = Instant::now();
@@ -168,6 +161,23 @@ fn loss<'a>(model: &CausalLm, images: impl IntoIterator<Item = &'a Captioned>, d
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids.concat(), [images.len(), seq]), device);
     let hidden = for_modalities(batch, || model.hidden(ids, Layout::Rows, None)).flatten::<2>(0, 1);
     model.scores(hidden.select(0, places), said).losses.mean()
+}
+
+/// The mean loss of captions, and in how many of those that the model makes itself the right name is.
+fn judge(
+    model: &CausalLm,
+    images: &[Captioned],
+    names: &[&str],
+    tokenizer: &Tokenizer,
+    device: &Device,
+) -> Result<(f32, f64)> {
+    let batches = images.chunks(8).map(|batch| loss(model, batch, device).into_scalar::<f32>() * batch.len() as f32);
+    let loss = batches.sum::<f32>() / images.len() as f32;
+    let mut right = 0;
+    for image in images {
+        right += usize::from(named(&say(model, image, tokenizer, device)?, names) == Some(image.class));
+    }
+    Ok((loss, right as f64 / images.len() as f64))
 }
 
 /// What the model says of an image.

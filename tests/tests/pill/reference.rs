@@ -95,11 +95,13 @@ impl State {
                 let here = head / group * width..(head / group + 1) * width;
                 let score = |key: &Vec<f64>| -> f64 {
                     let product: f64 = query.iter().zip(&key[here.clone()]).map(|(a, b)| a * b).sum();
-                    (product / (width as f64).sqrt()).exp()
+                    product / (width as f64).sqrt()
                 };
                 let scores: Vec<f64> = k[..=at].iter().map(score).collect();
-                let sum: f64 = scores.iter().sum();
-                let mean = |i: usize| scores.iter().zip(&v).map(|(score, value)| score / sum * value[i]).sum::<f64>();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let powers: Vec<f64> = scores.into_iter().map(|score| (score - largest).exp()).collect();
+                let sum: f64 = powers.iter().sum();
+                let mean = |i: usize| powers.iter().zip(&v).map(|(power, value)| power / sum * value[i]).sum::<f64>();
                 read.extend(here.clone().map(mean));
             }
         }
