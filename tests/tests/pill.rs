@@ -102,7 +102,7 @@ fn expected(state: &State, config: &LlamaConfig) -> Vec<f64> {
 fn a_model_computes_the_formula() {
     for (base, device) in [("llama", Device::flex()), ("llama", ndarray()), ("mistral", Device::flex())] {
         let method = PillConfig::decoder(4).with_features(FEATURES);
-        let adapted = random(base, &method).to_device(&device);
+        let adapted = calm(random(base, &method), &method).to_device(&device);
         let found = for_modalities(batch().with_features(features(&device)), || {
             adapted.hidden(ids(&device), Layout::Rows, None)
         });
@@ -124,7 +124,7 @@ fn ndarray() -> Device {
 fn gradients_are_those_of_the_formula() {
     let device = Device::flex().autodiff();
     let method = PillConfig::decoder(4).with_features(FEATURES);
-    let adapted = fill_adapter(model("llama").train().attach(&method).unwrap());
+    let adapted = calm(fill_adapter(model("llama").train().attach(&method).unwrap()), &method);
     let found =
         for_modalities(batch().with_features(features(&device)), || adapted.hidden(ids(&device), Layout::Rows, None));
     let weights: Vec<f32> = (0..2 * 6 * 32).map(|i| (1.3 * i as f32).cos()).collect();
@@ -140,7 +140,7 @@ fn gradients_are_those_of_the_formula() {
     assert_eq!(own.len(), 2 * (3 + 6 + 1) + 3);
     for (name, found) in &gradients {
         let largest = found.iter().map(|value| value.abs()).fold(0.0, f64::max);
-        assert!(largest > 1e-3, "{name}: {largest}");
+        assert!(largest > 1e-4, "{name}: {largest}");
         for at in [0, found.len() / 2, found.len() - 1] {
             let moved = |by: f64| {
                 let (mut state, matrix) = (state.clone(), &state.0[name]);
@@ -150,7 +150,7 @@ fn gradients_are_those_of_the_formula() {
                 loss(&state)
             };
             let slope = (moved(1e-4) - moved(-1e-4)) / 2e-4;
-            assert!((slope - found[at]).abs() < 1e-3 * largest.max(1.0), "{name} {at}: {slope}, found {}", found[at]);
+            assert!((slope - found[at]).abs() < 1e-3 * largest.max(0.1), "{name} {at}: {slope}, found {}", found[at]);
         }
     }
 }
@@ -179,6 +179,11 @@ fn changed(model: &CausalLm, method: &PillConfig, part: &str, f: impl Fn(f32) ->
     let count = of_part.map(|(_, tensor)| tensor.values.iter_mut().for_each(|value| *value = f(*value))).count();
     assert!(count > 0, "{part}");
     file.fill(model.clone(), Path::new("changed"), Strictness::default()).unwrap()
+}
+
+/// Smaller values, with which a model in f32 is near one in double precision.
+fn calm(model: CausalLm, method: &PillConfig) -> CausalLm {
+    changed(&model, method, "pill_", |value| 0.3 * value)
 }
 
 /// Not even a value that is no number comes through from what is for the other modality.
