@@ -52,7 +52,7 @@ struct Pictures {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let number = |name: &str, default: usize| option(&args, name).map_or(Ok(default), |value| value.parse::<usize>());
+    let number = |name: &str, default: usize| option(&args, name).map_or(Ok(default), str::parse::<usize>);
     let (steps, batch_size) = (number("steps", 60)?, number("batch-size", 8)?);
     let device = Device::flex().autodiff();
     let plain = Device::flex();
@@ -124,7 +124,7 @@ fn train(mut model: CausalLm, images: &[Captioned], steps: usize, batch_size: us
     for step in 0..steps {
         let batch = (0..batch_size).map(|at| &images[(step * batch_size + at) % images.len()]);
         let loss = loss(&model, batch, device);
-        if step % 20 == 0 {
+        if step.is_multiple_of(20) {
             println!("  step {step}: loss {:.4}", loss.clone().into_scalar::<f32>());
         }
         let grads = GradientsParams::from_grads(loss.backward(), &model);
@@ -229,9 +229,9 @@ fn drawn(device: &Device) -> Result<(Encoder, Pictures)> {
     let mut draw = |at: usize| {
         let (class, shift) = (at % PATTERNS.len(), rng.random_range(0..4));
         let dark = |x: usize, y: usize| match class {
-            0 => (y + shift) / 2 % 2 == 0,
-            1 => (x + shift) / 2 % 2 == 0,
-            2 => ((x + shift) / 4 + y / 4) % 2 == 0,
+            0 => ((y + shift) / 2).is_multiple_of(2),
+            1 => ((x + shift) / 2).is_multiple_of(2),
+            2 => ((x + shift) / 4 + y / 4).is_multiple_of(2),
             _ => x + y < SIDE + shift,
         };
         let grey = (0..SIDE * SIDE).map(|at| f32::from(u8::from(dark(at % SIDE, at / SIDE)))).collect::<Vec<_>>();

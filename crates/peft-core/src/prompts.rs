@@ -124,6 +124,7 @@ impl Prompts {
 
 /// Where virtual tokens stand.
 #[derive(Clone, Debug, Default)]
+#[allow(clippy::large_enum_variant, reason = "one a pass; a box would be in every caller's way")]
 pub enum Places {
     /// In front of the text.
     #[default]

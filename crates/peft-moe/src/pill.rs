@@ -113,6 +113,7 @@ impl PillConfig {
 
 /// State of [`PillConfig`] in one place.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a place; a box would not be a Burn module")]
 pub enum PillAdapter {
     /// Behind a norm, for both modalities.
     Shared(Shared),
