@@ -53,7 +53,7 @@ struct Pictures {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |name: &str, default: usize| option(&args, name).map_or(Ok(default), str::parse::<usize>);
-    let (steps, batch_size) = (number("steps", 120)?, number("batch-size", 8)?);
+    let (steps, batch_size) = (number("steps", 200)?, number("batch-size", 8)?);
     let device = Device::flex().autodiff();
     let plain = Device::flex();
     device.seed(1);
