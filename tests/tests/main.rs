@@ -12,6 +12,7 @@ mod labels;
 mod llama_adapter;
 mod mixtures;
 mod packed;
+mod pill;
 mod prompt_variants;
 mod prompts;
 mod published;

@@ -21,7 +21,7 @@ use peft_core::{AdapterFile, Method, Site, Targets, attach, base_fingerprint, lo
 use peft_lora::{LoraConfig, attach_factors};
 use peft_models::load::Packing;
 use peft_models::{CausalLm, Encoder, ModelFiles};
-use peft_moe::{MixtureConfig, PolyConfig, XLoraConfig};
+use peft_moe::{MixtureConfig, PillConfig, PolyConfig, XLoraConfig};
 use peft_prompt::{
     LlamaAdapterConfig, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig,
     PromptTuningConfig,
@@ -300,6 +300,16 @@ pub const METHODS: &[Entry] = &[
         merges: false,
         build: |settings| Ok(Box::new(union::mixlora(settings)?)),
         files: Some(&FilesOf::<AnyUnion>(PhantomData)),
+    },
+    Entry {
+        name: "pill",
+        about: "experts for text and images behind norms; here the text's (Zhang et al. 2023, arXiv:2311.02126)",
+        formula: "y = x + (silu(x·G) ⊙ (x·D))·U",
+        parameters: "3 · width · adapter_dim, twice where text and images differ; width · kv_heads at values",
+        learning_rate: 2e-3,
+        merges: false,
+        build: |settings| Ok(Box::new(mixture::pill(settings)?)),
+        files: Some(&FilesOf::<PillConfig>(PhantomData)),
     },
     Entry {
         name: "full",

@@ -88,6 +88,9 @@ pub struct Settings {
     /// Width of the model over width of a bottleneck [default: 16; mam: 2]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub reduction_factor: Option<f64>,
+    /// pill: width inside an expert [default: 8]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub adapter_dim: Option<usize>,
     /// Bottlenecks: an invertible adapter behind the embeddings besides (MAD-X), of half the model's width over X
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub inv_adapter: Option<f64>,

@@ -42,6 +42,11 @@ pub trait Activation {
         None
     }
 
+    /// What goes on behind an adapted norm, `[batch, seq, width]` to the same.
+    fn normed(&self, y: Tensor<3>) -> Tensor<3> {
+        y
+    }
+
     /// The adapted end of a sub-layer.
     fn sub_layer(&self, end: End<'_>) -> Tensor<3> {
         end.close()
@@ -203,7 +208,7 @@ pub fn linear_with<const D: usize>(
     x: Tensor<D>,
 ) -> Tensor<D> {
     let mut dims = x.dims();
-    let (batch, tokens) = dims[..D - 1].split_first().map_or((1, 1), |(batch, rest)| (*batch, rest.iter().product()));
+    let (batch, tokens) = leading(&dims);
     let base = Base { weight, bias, dtype: x.dtype(), leading: [batch, tokens] };
     let adapter = base.adapter().flatten();
     let x = x.reshape([batch * tokens, dims[D - 1]]);
@@ -241,11 +246,8 @@ fn shifted<const D: usize>(
 /// `[..., width]` to the same
 pub fn layer_norm<const D: usize>(layer: &LayerNorm, x: Tensor<D>, epsilon: f64) -> Tensor<D> {
     let beta = layer.beta.as_ref().map(Param::val);
-    shifted(
-        peft_kernels::layer_norm(x, layer.gamma.val(), beta, epsilon),
-        adapter(&layer.gamma).flatten(),
-        layer.beta.as_ref(),
-    )
+    let y = peft_kernels::layer_norm(x, layer.gamma.val(), beta, epsilon);
+    normed(y, adapter(&layer.gamma).flatten(), layer.beta.as_ref())
 }
 
 /// `RMSNorm` through the activation seam.
@@ -253,7 +255,26 @@ pub fn layer_norm<const D: usize>(layer: &LayerNorm, x: Tensor<D>, epsilon: f64)
 /// # Shapes
 /// `[..., width]` to the same
 pub fn rms_norm<const D: usize>(layer: &RmsNorm, x: Tensor<D>) -> Tensor<D> {
-    shifted(peft_kernels::rms_norm(x, layer.gamma.val(), layer.epsilon), adapter(&layer.gamma).flatten(), None)
+    normed(peft_kernels::rms_norm(x, layer.gamma.val(), layer.epsilon), adapter(&layer.gamma).flatten(), None)
+}
+
+/// The output `[..., width]` of a norm with an adapted scale, and what the adapter makes of it.
+fn normed<const D: usize>(
+    y: Tensor<D>,
+    adapter: Option<&dyn Activation>,
+    bias: Option<&Param<Tensor<1>>>,
+) -> Tensor<D> {
+    let Some(of) = adapter else { return y };
+    let y = shifted(y, adapter, bias);
+    let dims = y.dims();
+    let (batch, tokens) = leading(&dims);
+    of.normed(y.reshape([batch, tokens, dims[D - 1]])).reshape(dims)
+}
+
+/// Rows of the batch, and how many tokens each has, in a tensor of that shape whose last dimension is a token's.
+fn leading(dims: &[usize]) -> (usize, usize) {
+    let rows = &dims[..dims.len() - 1];
+    rows.split_first().map_or((1, 1), |(batch, rest)| (*batch, rest.iter().product()))
 }
 
 /// A convolution through the activation seam.

@@ -56,8 +56,11 @@ pub(crate) fn wants<M: Method>(method: &M, matcher: &Matcher, path: &str, kind: 
     named && !method.leaves_out(path)
 }
 
-/// The sites that `method` adapts in the scanned module.
-pub(crate) fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&'a Site>> {
+/// What [`Method::select`] does where a method does not do it in a way of its own: the layers that the targets name, of the kinds that the method can adapt.
+///
+/// # Errors
+/// As [`Method::select`].
+pub fn select<'a, M: Method>(found: &'a Scan, method: &M) -> Result<Vec<&'a Site>> {
     method.check()?;
     let matcher = method.targets().matcher()?;
     let mut problems: Vec<Problem> =

@@ -27,6 +27,7 @@ mod grouped;
 mod location;
 mod merge;
 mod method;
+mod modalities;
 mod named;
 mod prompts;
 mod quantized;
@@ -43,7 +44,7 @@ pub use activation::{
     Activation, Base, conv2d, cross_entropy, embedding, embedding_as, layer_norm, linear, linear_with, product,
     rms_norm,
 };
-pub use attach::{Peft, attach};
+pub use attach::{Peft, attach, select};
 pub use attended::{Attended, KeysAndValues};
 pub use auxiliary::{Auxiliary, say_auxiliary, with_auxiliary};
 pub use compose::{Composable, ComposedAdapter, ComposedConfig, Composition, Experts, Fusion, Part, composed};
@@ -58,10 +59,11 @@ pub use grouped::{GroupedBase, GroupedLinear};
 pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
 pub use merge::merge;
 pub use method::{FileTensor, Method};
+pub use modalities::{Modalities, Modality, by_modality, for_modalities, for_text, modalities};
 pub use named::Named;
 /// The custom operations, on which the activation seam rests.
 pub use peft_kernels as kernels;
-pub use prompts::{Prompt, PromptShape, Prompts, Reading, mean_of_tokens};
+pub use prompts::{Places, Prompt, PromptShape, Prompts, Reading, mean_of_tokens};
 pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use site::{AdapterAware, Scan, Site, rng_of, scan};

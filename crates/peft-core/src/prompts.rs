@@ -2,7 +2,7 @@
 //! belongs to a model as a whole, so a model lets itself be computed more than once there too: [`Prompts::passes`].
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Bool, Device, Int, Tensor};
 
 use crate::Gate;
 use crate::activation::{Activation, adapter};
@@ -134,13 +134,26 @@ impl Prompts {
     }
 }
 
+/// Where virtual tokens stand.
+#[derive(Clone, Debug, Default)]
+#[allow(clippy::large_enum_variant, reason = "one a pass; a box would be in every caller's way")]
+pub enum Places {
+    /// In front of the text.
+    #[default]
+    Front,
+    /// In the places of that token in the text, in their order.
+    Token(u32),
+    /// In these places of the text, in their order: `[batch, seq]`.
+    Marked(Tensor<2, Bool>),
+}
+
 /// What stands in front of the rows of a batch. What is the same for all rows is there once.
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
     /// Virtual tokens, `[1 or batch, n, width]`.
     pub tokens: Option<Tensor<3>>,
-    /// The token whose places in the text the virtual tokens take, in their order; they stand in front where it is `None`.
-    pub placeholder: Option<u32>,
+    /// Where the virtual tokens stand.
+    pub places: Places,
     /// Keys and values of blocks, `[1 or batch, n, 2·blocks, kv_heads, head_dim]`: first the keys of the first block, then its values, and so on.
     pub past: Option<Tensor<5>>,
     /// The blocks that have keys and values in `past`; all when `None`.
@@ -154,7 +167,10 @@ pub struct Prompt {
 impl Prompt {
     /// How many virtual tokens stand in front.
     pub fn num_tokens(&self) -> usize {
-        if self.placeholder.is_some() { 0 } else { self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[1]) }
+        match self.places {
+            Places::Front => self.tokens.as_ref().map_or(0, |tokens| tokens.dims()[1]),
+            Places::Token(_) | Places::Marked(_) => 0,
+        }
     }
 
     /// How many learned keys stand in front of those of that block.
@@ -174,9 +190,13 @@ impl Prompt {
     fn join(&self, x: Tensor<3>, ids: &Tensor<2, Int>) -> Tensor<3> {
         let Some(tokens) = &self.tokens else { return x };
         let tokens = rows(tokens.clone().cast(x.dtype()), x.dims()[0]);
-        let Some(placeholder) = self.placeholder else { return Tensor::cat(vec![tokens, x], 1) };
         let [_, n, width] = tokens.dims();
-        let here = ids.clone().equal_elem(placeholder); // [batch, seq]
+        // [batch, seq]
+        let here = match &self.places {
+            Places::Front => return Tensor::cat(vec![tokens, x], 1),
+            Places::Token(token) => ids.clone().equal_elem(*token),
+            Places::Marked(here) => here.clone(),
+        };
         // Each place gets the virtual token of its number in the row; the last one stands for those that are missing.
         let number = (here.clone().int().cumsum(1) - 1).clamp(0, n as i64 - 1);
         let token = tokens.gather(1, number.unsqueeze_dim::<3>(2).repeat_dim(2, width)); // [batch, seq, width]

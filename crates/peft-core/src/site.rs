@@ -38,7 +38,7 @@ pub struct Site {
     pub dtype: DType,
     /// How the weight is packed, if it is.
     pub packed: Option<PackedLayout>,
-    /// What prompts must be like, at the place for them.
+    /// What prompts of the model must be like, where it takes any: how wide it is, and how many heads it has.
     pub prompt: Option<PromptShape>,
     /// Device of the weight.
     pub device: Device,
@@ -174,7 +174,9 @@ pub fn scan<M: Module>(module: &M) -> Scan {
     let mut scanner = Scanner::default();
     module.visit(&mut scanner);
     let Scanner { mut scan, aware, biased, mut vectors, .. } = scanner;
+    let shape = scan.sites.iter().find_map(|site| site.prompt);
     for site in &mut scan.sites {
+        site.prompt = site.prompt.or(shape);
         site.has_bias = biased.contains(&site.path);
         site.vectors = vectors.remove(&site.path).unwrap_or_default();
         // A place is there for adapters alone, and there is one way to call the layers of experts.

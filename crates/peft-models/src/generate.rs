@@ -1,6 +1,7 @@
 //! Generating text: greedy, or sampled by temperature, top-k and top-p.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use peft_core::for_text;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -28,7 +29,7 @@ impl Default for Sampling {
 
 /// Continues `prompt` by up to `max_new_tokens`, calling `on_token` with each; stops after a token of `stop` or when `on_token` says so.
 ///
-/// Gives the new tokens, a stop token included.
+/// Gives the new tokens, a stop token included. Inside of [`for_modalities`](peft_core::for_modalities) the batch is the prompt.
 ///
 /// # Errors
 /// When the prompt is empty, longer than the model allows, holds a token that the model does not have, or the device fails.
@@ -58,7 +59,12 @@ pub fn generate(
     let mut input = prompt.to_vec();
     let mut output = Vec::new();
     for _ in 0..max_new_tokens.min(room - prompt.len()) {
-        let logits = last_logits(model, &input, &mut cache, device)?;
+        let logits = if cache.is_empty() {
+            last_logits(model, &input, &mut cache, device)
+        } else {
+            // What the model says is text, whatever the prompt holds besides.
+            for_text(|| last_logits(model, &input, &mut cache, device))
+        }?;
         let next = choose(&logits, sampling, &mut rng);
         output.push(next);
         if !on_token(next) || stop.contains(&next) {

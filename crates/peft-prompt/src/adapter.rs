@@ -4,7 +4,7 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Int, Tensor};
 use peft_core::files::ENCODER_PREFIX;
-use peft_core::{Activation, Error, FileTensor, Gate, Prompt, PromptShape, Reading, Result, Site, tasks};
+use peft_core::{Activation, Error, FileTensor, Gate, Places, Prompt, PromptShape, Reading, Result, Site, tasks};
 
 use crate::encoder::Encoder;
 use crate::multitask::TaskFactors;
@@ -222,7 +222,8 @@ impl Activation for PromptAdapter {
         let (values, shape) = (self.learned(reading), reading.shape);
         match &self.used {
             Use::Tokens { placeholder } => {
-                Prompt { tokens: Some(values), placeholder: *placeholder, ..Prompt::default() }
+                let places = placeholder.map_or(Places::Front, Places::Token);
+                Prompt { tokens: Some(values), places, ..Prompt::default() }
             }
             Use::Past { blocks, shifts } => {
                 let [rows, n, _] = values.dims();

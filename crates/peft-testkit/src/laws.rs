@@ -11,11 +11,12 @@ use std::collections::BTreeMap;
 use burn::nn::Initializer;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig};
 use burn::tensor::{DType, Device};
-use peft_core::{LayerKind, Method, Scan, Site, attach, for_tasks, scan};
+use peft_core::Modality::{Image, Text};
+use peft_core::{LayerKind, Method, Modalities, Modality, Scan, Site, attach, for_modalities, for_tasks, scan};
 use peft_quant::Code;
 use serde_json::Value;
 
-use crate::stack::{EPSILON, SEQ, WIDTH};
+use crate::stack::{BATCH, EPSILON, SEQ, WIDTH};
 use crate::state::{Part, fill};
 use crate::{Check, Failure, Matrix, Outcome, Seam, Stack, fill_adapter};
 
@@ -76,6 +77,9 @@ type Reference<M> = fn(&M, &Layer<'_>) -> peft_core::Result<Matrix>;
 
 /// The tasks of the two rows of every batch, for methods that tell tasks apart.
 const TASKS: [usize; 2] = [1, 0];
+
+/// What the tokens of every batch are, for methods that tell modalities apart.
+pub const MODALITIES: [[Modality; SEQ]; BATCH] = [[Image, Image, Text, Text], [Text, Image, Text, Text]];
 
 /// One rounding of an f32 value, with a margin for what follows it.
 const ONE_ROUNDING: f64 = 1e-6;
@@ -165,7 +169,10 @@ impl<M: Method> Laws<M> {
         for (name, law) in laws {
             let check = match self.skips.iter().find(|(skipped, _)| *skipped == name) {
                 Some((_, reason)) => Check::skip(name, reason),
-                None => Check::run(name, || for_tasks(&TASKS, || law(&subject))),
+                None => Check::run(name, || {
+                    let tokens = MODALITIES.map(|row| row.to_vec()).to_vec();
+                    for_tasks(&TASKS, || for_modalities(Modalities::new(tokens), || law(&subject)))
+                }),
             };
             report(&check);
             checks.push(check);

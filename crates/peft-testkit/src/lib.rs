@@ -15,7 +15,7 @@ mod state;
 pub use check::{Check, Failure, Finding, Outcome, Status, table};
 pub use composition::composition_laws;
 pub use golden::Golden;
-pub use laws::{Laws, Layer};
+pub use laws::{Laws, Layer, MODALITIES};
 pub use matrix::Matrix;
 pub use operations::{Operation, operations};
 pub use stack::{Seam, Stack};

@@ -76,6 +76,12 @@ impl Matrix {
         Self { values: self.values.iter().map(|value| value * factor).collect(), ..*self }
     }
 
+    /// A function of every value.
+    #[must_use]
+    pub fn map(&self, f: impl Fn(f64) -> f64) -> Self {
+        Self { values: self.values.iter().map(|value| f(*value)).collect(), ..*self }
+    }
+
     /// Every row with mean zero and variance one; `epsilon` is added to the variance.
     #[must_use]
     pub fn normed(&self, epsilon: f64) -> Self {
@@ -111,6 +117,7 @@ mod tests {
         assert_eq!(product.values(), [4.0, 5.0, 10.0, 11.0]);
         assert_eq!(product.plus(&row).unwrap().values(), [14.0, 25.0, 20.0, 31.0]);
         assert_eq!(product.scale_by(&row).unwrap().scale(0.5).values(), [20.0, 50.0, 50.0, 110.0]);
+        assert_eq!(product.map(|value| value - 4.0).scale_by(&product).unwrap().values(), [0.0, 5.0, 60.0, 77.0]);
     }
 
     #[test]

@@ -135,6 +135,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("target-parameters", !settings.target_parameters.is_empty()),
         (FEEDFORWARD, !settings.feedforward.is_empty()),
         (REDUCTION, settings.reduction_factor.is_some()),
+        ("adapter-dim", settings.adapter_dim.is_some()),
         (INVERTIBLE, settings.inv_adapter.is_some()),
         ("num-virtual-tokens", settings.num_virtual_tokens.is_some()),
         ("adapter-layers", settings.adapter_layers.is_some()),

@@ -1,9 +1,9 @@
-//! Mixtures of adapters as the settings of `peft train` ask for them.
+//! Mixtures of adapters, and PILL, as the settings of `peft train` ask for them.
 
 use peft_adapter::Ia3Config;
-use peft_core::Method;
+use peft_core::{Method, Targets};
 use peft_lora::LoraConfig;
-use peft_moe::{MixtureConfig, PolyConfig, RouterConfig};
+use peft_moe::{MixtureConfig, PillConfig, PolyConfig, RouterConfig};
 
 use super::configure::{initial, only, targets};
 use crate::Result;
@@ -47,6 +47,18 @@ pub(super) fn poly(settings: &Settings) -> Result<PolyConfig> {
 pub(super) fn mov(settings: &Settings) -> Result<MixtureConfig<Ia3Config>> {
     only(settings, "mov", &[&OF_ALL[..], &OF_ROUTERS].concat())?;
     routed(settings, "mov", peft_moe::mov(targets(settings)?))
+}
+
+/// PILL, of which text alone trains the part that is for text.
+pub(super) fn pill(settings: &Settings) -> Result<PillConfig> {
+    /// The inner width of the paper.
+    const WIDTH: usize = 8;
+    only(settings, "pill", &["adapter-dim"])?;
+    initial(settings, "pill", &[(Init::Kaiming, ())])?;
+    let (mut method, given) = (PillConfig::decoder(settings.adapter_dim.unwrap_or(WIDTH)), targets(settings)?);
+    method.targets = Targets { target_modules: given.target_modules.or(method.targets.target_modules), ..given };
+    Method::check(&method)?;
+    Ok(method)
 }
 
 /// A mixture of `LoRA` in the sizes that are asked for.

@@ -1,4 +1,4 @@
-//! Mixtures on the command line.
+//! Mixtures and PILL on the command line.
 
 use super::*;
 
@@ -149,4 +149,31 @@ fn trained_adapters_are_mixed_without_training() {
 #[test]
 fn folders_of_xlora_are_used() {
     gives_the_logits_of_peft(&testdata("mixtures/xlora/layerwise"), "xlora/layerwise");
+}
+
+/// On text: trained, used, refused where it does not fit.
+#[test]
+fn pill_is_trained_on_text() {
+    let shop = Workshop::new();
+    let (model, data, out) = (shop.path("model"), shop.path("data.jsonl"), shop.path("pill"));
+    let without_targets = |name: &str, more: &[&str]| {
+        let mut args = shop.train(name, more);
+        let at = args.iter().position(|arg| arg == "all-linear").unwrap();
+        args.drain(at - 1..=at);
+        args
+    };
+    let args = without_targets("pill", &["--method", "pill", "--adapter-dim", "6", "--steps", "20"]);
+    let result = json_of(&strs(&args));
+    let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+    assert!(loss(&result["after"]) < 0.95 * loss(&result["before"]), "{result}");
+    let used = ["--model", &model, "--adapter", &out];
+    let evaluated = json_of(&[&["eval", "--json"][..], &used, &["--data", &data, "--set", "name=Ada"]].concat());
+    assert!(loss(&evaluated) < loss(&result["before"]), "{evaluated}");
+    let (code, message) = refused(&["merge", "--model", &model, "--adapter", &out, "--out", &shop.path("merged")]);
+    assert!(code == 1 && message.contains("hangs on its modality"), "{message}");
+    for (more, expected) in [("--rank", "--rank: pill has no such setting"), ("--adapter-dim", "adapter_dim")] {
+        let value = if more == "--rank" { "4" } else { "0" };
+        let (code, message) = refused(&strs(&without_targets("refused", &["--method", "pill", more, value])));
+        assert!(code == 2 && message.contains(expected), "{message}");
+    }
 }

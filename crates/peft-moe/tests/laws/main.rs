@@ -1,4 +1,4 @@
-//! Mixtures under the laws of `peft-testkit`, and under laws of their own.
+//! Mixtures and PILL under the laws of `peft-testkit`, and under laws of their own.
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
 mod arrow;
@@ -13,7 +13,7 @@ use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::{Method, Targets};
 use peft_moe::{MixtureConfig, PolyConfig, RouterConfig};
 use peft_testkit::{Laws, table};
-use statement::{expert, laws, lora_laws, mixlora_laws, poly, poly_laws, router};
+use statement::{expert, laws, lora_laws, mixlora_laws, pill, pill_without_gate, poly, poly_laws, router};
 
 fn hold<M: Method>(laws: &Laws<M>) {
     let checks = laws.run(&Device::flex());
@@ -54,4 +54,11 @@ fn mixtures_of_other_adapters_obey_the_laws() {
 fn poly_obeys_the_laws() {
     hold(&poly_laws(poly()));
     hold(&poly_laws(PolyConfig { n_splits: 4, ..poly() }));
+}
+
+#[test]
+fn pill_obeys_the_laws() {
+    hold(&pill());
+    hold(&pill_without_gate(false));
+    hold(&pill_without_gate(true));
 }

@@ -1,9 +1,9 @@
-//! What mixtures state of themselves, for the laws: here and in the comparison over all backends.
+//! What mixtures and PILL state of themselves, for the laws: here and in the comparison over all backends.
 
-use peft_core::{Composable, Method, Result, Site, Targets};
+use peft_core::{Composable, LayerKind, Method, Modality, Result, Site, Targets};
 use peft_lora::LoraConfig;
-use peft_moe::{MixLoraConfig, MixtureConfig, PolyConfig, Projection, RouterConfig};
-use peft_testkit::{Laws, Layer, Matrix};
+use peft_moe::{MixLoraConfig, MixtureConfig, PillConfig, PolyConfig, Projection, RouterConfig};
+use peft_testkit::{Laws, Layer, MODALITIES, Matrix};
 
 /// `LoRA`s of rank two in the laws' model.
 pub(crate) fn expert() -> LoraConfig {
@@ -154,4 +154,57 @@ fn skilled(method: &PolyConfig, layer: &Layer<'_>) -> Result<Matrix> {
         update.extend((0..d_out).map(|out| value(out) / rank as f64));
     }
     layer.base(&layer.x)?.plus(&Matrix::new(layer.x.rows(), d_out, update)?)
+}
+
+/// The laws for PILL: an expert for each modality behind the norm of the laws' model, and `down` for what makes values.
+pub(crate) fn pill() -> Laws<PillConfig> {
+    pill_laws(PillConfig::new(3, Targets::modules(["norm", "down"])).with_experts(["norm"]))
+        .skip("identity", "a closed gate takes the values of images away")
+}
+
+/// The laws for PILL without gates, so that it starts as the identity; with one expert for both modalities, or one for each.
+pub(crate) fn pill_without_gate(apart: bool) -> Laws<PillConfig> {
+    let method = PillConfig::new(3, Targets::modules(["norm"])).without_gate();
+    pill_laws(if apart { method.with_experts(["norm"]) } else { method })
+}
+
+fn pill_laws(method: PillConfig) -> Laws<PillConfig> {
+    let params = |method: &PillConfig, site: &Site| {
+        let expert = 3 * site.d_out * method.adapter_dim;
+        match site.kind {
+            LayerKind::Linear => 2 * site.d_in,
+            _ if method.expert_modules.name("", &site.path).is_ok_and(|apart| apart) => 2 * expert,
+            _ => expert,
+        }
+    };
+    Laws::new(method, params, ("adapter_dim", 0.into())).with_reference(by_modality)
+}
+
+/// `y + (silu(y·G) ⊙ (y·D))·U` of the expert of each row's modality; values of images times `tanh(x·W)` of their head.
+fn by_modality(_: &PillConfig, layer: &Layer<'_>) -> Result<Matrix> {
+    let (y, tokens) = (layer.base(&layer.x)?, MODALITIES.concat());
+    let rows = |matrix: &Matrix| matrix.values().chunks(matrix.columns()).map(<[f64]>::to_vec).collect::<Vec<_>>();
+    if layer.site.kind == LayerKind::Linear {
+        let open = layer.x.times(layer.field("opening")?)?.map(f64::tanh);
+        let opened = rows(&y).into_iter().zip(rows(&open)).zip(tokens).flat_map(|((values, open), token)| {
+            let width = values.len() / open.len();
+            let factor = move |at: usize| if token == Modality::Image { open[at / width] } else { 1.0 };
+            values.into_iter().enumerate().map(move |(at, value)| value * factor(at)).collect::<Vec<_>>()
+        });
+        return Matrix::new(y.rows(), y.columns(), opened.collect());
+    }
+    let expert = |name: &str| -> Result<Vec<Vec<f64>>> {
+        let through = |field: &str| y.times(layer.field(&format!("{name}.{field}"))?);
+        let inner = through("gate")?.map(|z| z / (1.0 + (-z).exp())).scale_by(&through("down")?)?;
+        Ok(rows(&y.plus(&inner.times(layer.field(&format!("{name}.up"))?)?)?))
+    };
+    let [text, image] = match expert("shared") {
+        Ok(shared) => [shared.clone(), shared],
+        Err(_) => [expert("text")?, expert("image")?],
+    };
+    let chosen = tokens.iter().enumerate().flat_map(|(row, token)| match token {
+        Modality::Text => text[row].clone(),
+        Modality::Image => image[row].clone(),
+    });
+    Matrix::new(y.rows(), y.columns(), chosen.collect())
 }

@@ -154,6 +154,7 @@ impl Runner<'_> {
         checks.extend(self.laws("llama-adapter", prompt::llama_adapter()));
         let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
         checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
+        checks.extend(self.laws("pill", mixture::pill()));
         // Tasks choose among what the others compute; a driver in software would compile kernels for minutes to see that.
         if !self.fuses {
             checks.extend(self.laws("multitask", prompt::multitask()));
@@ -162,6 +163,10 @@ impl Runner<'_> {
             checks.extend(self.laws("mixlora", mixture::mixlora_laws()));
             checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
             checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
+            for apart in [false, true] {
+                let name = if apart { "pill without gates" } else { "pill with one expert" };
+                checks.extend(self.laws(name, mixture::pill_without_gate(apart)));
+            }
         }
         checks
     }
