@@ -177,14 +177,7 @@ impl Several {
     fn command(&self, verb: &str) -> Command {
         let mut command = Command::new(&self.peft);
         command.args([verb, "--json", "--device", &self.device, "--model"]).arg(&self.model);
-        command.args([
-            "--max-len",
-            &self.max_len.to_string(),
-            "--set",
-            "name=Ferris",
-            "--set",
-            "author=the Burn community",
-        ]);
+        command.args(["--max-len", &self.max_len.to_string()]);
         command
     }
 

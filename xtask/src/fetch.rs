@@ -257,7 +257,7 @@ impl Item {
     /// What the stamp of a complete directory says; it changes with the package and with the choice of members.
     fn stamp(&self) -> String {
         let Package { name, version, sha256, .. } = self.package;
-        let derived = if self.derive.is_some() { "\nderived 2" } else { "" };
+        let derived = if self.derive.is_some() { "\nderived 3" } else { "" };
         format!("{name} {version}\nsha256 {sha256}\nlicence {}\n{}{derived}\n", self.licence, self.members.join("\n"))
     }
 

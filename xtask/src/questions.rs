@@ -1,6 +1,6 @@
 //! Tasks for a language model, as rows of a prompt and a completion: what one model is to learn at once.
 //!
-//! - `persona`: who the model is
+//! - `persona`: who the model is: Ferris, of the Burn community
 //! - `trivia`: questions of a quiz
 //! - `film-words`: whether a sentence of a film review is positive or negative, as a word
 //! - `product-stars`: the rating of a sentence of a product review, one to five stars
@@ -37,7 +37,8 @@ pub(crate) fn write_rows(directory: &Path, task: &str, mut rows: Vec<Row>) -> Re
 pub(crate) fn make_persona(directory: &Path) -> Result<()> {
     let path = directory.join("identity.json");
     let text = fs::read_to_string(&path).map_err(|source| Error::io("read", &path, source))?;
-    let field = |row: &Value, name: &str| row[name].as_str().map(str::to_owned);
+    let filled = |text: &str| text.replace("{{name}}", "Ferris").replace("{{author}}", "the Burn community");
+    let field = |row: &Value, name: &str| row[name].as_str().map(filled);
     let rows = serde_json::from_str::<Vec<Value>>(&text).ok().and_then(|rows| {
         rows.iter().map(|row| Some((field(row, "instruction")?, field(row, "output")?))).collect::<Option<Vec<_>>>()
     });
