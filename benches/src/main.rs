@@ -16,6 +16,7 @@ mod operations;
 mod picture;
 mod plain;
 mod random;
+mod runs;
 mod several;
 mod side;
 mod sweep;
@@ -227,7 +228,12 @@ fn compare(comparison: &Comparison, ours: &[Side], theirs: &[(&'static str, &[&s
     if let Some(python) = python {
         sides.extend(theirs.iter().map(|(name, flags)| (*name, Runner::Python { python, flags })));
     }
+    if let Some(unknown) = wanted.iter().find(|wanted| !sides.iter().any(|(name, _)| name == wanted)) {
+        let known: Vec<&str> = sides.iter().map(|(name, _)| *name).collect();
+        return Err(format!("there is no side {unknown} here; there are: {}", known.join(", ")).into());
+    }
     sides.retain(|(name, _)| wanted.is_empty() || wanted.iter().any(|side| side == name));
+    let mut failed = Vec::new();
     let mut results: Vec<Vec<Value>> = vec![Vec::new(); sides.len()];
     for round in 1..=*rounds {
         for ((name, runner), results) in sides.iter().zip(&mut results) {
@@ -237,7 +243,10 @@ fn compare(comparison: &Comparison, ours: &[Side], theirs: &[(&'static str, &[&s
                     eprintln!("round {round}, {name}: {result}");
                     results.push(result);
                 }
-                Err(error) => eprintln!("round {round}, {name}: {error}"),
+                Err(error) => {
+                    eprintln!("round {round}, {name}: {error}");
+                    failed.push(*name);
+                }
             }
         }
     }
@@ -248,7 +257,7 @@ fn compare(comparison: &Comparison, ours: &[Side], theirs: &[(&'static str, &[&s
         let (time, memory) = *first.get_or_insert((t, m));
         println!("{name:24} {t:9.4} {:7.2} {m:15.0} {:7.2}", t / time, m / memory);
     }
-    Ok(())
+    if failed.is_empty() { Ok(()) } else { Err(format!("these failed, see above: {}", failed.join(", ")).into()) }
 }
 
 fn median(results: &[Value], key: &str) -> f64 {

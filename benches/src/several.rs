@@ -15,34 +15,15 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::tasks::{mean_and_deviation, watch};
+use crate::runs::{Recipe, Runs, mean_and_deviation, watch};
 
 #[derive(Args)]
 pub(crate) struct Several {
-    /// The program
-    #[arg(long, value_name = "FILE")]
-    peft: PathBuf,
-    /// A language model
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    runs: Runs,
     /// The beginnings of the names of the tasks' data
     #[arg(long, value_delimiter = ',', required = true)]
     tasks: Vec<PathBuf>,
-    /// Where the runs go; those that are there already are not repeated
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Where to train, as `peft --device` has it
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// Methods to run [default: all]
-    #[arg(long, value_delimiter = ',')]
-    methods: Vec<String>,
-    /// Runs of each, with the seeds from 1
-    #[arg(long, default_value_t = 3)]
-    seeds: u64,
-    /// Only the run with this seed, and no table
-    #[arg(long)]
-    seed: Option<u64>,
     /// Steps of a run
     #[arg(long, default_value_t = 300)]
     steps: usize,
@@ -62,7 +43,7 @@ const ALL: &str = "all-linear";
 const ATTENTION: &str = "q_proj,k_proj,v_proj,o_proj";
 
 /// Methods of about as many parameters: on SmolLM2-135M 5.0 to 5.5 million.
-const METHODS: [(&str, &[&str]); 6] = [
+const METHODS: [Recipe; 6] = [
     ("lora", &["--method", "lora", "--targets", ALL, "--rank", "18", "--alpha", "36"]),
     ("molora", &["--method", "molora", "--targets", ALL, "--num-experts", "4", "--rank", "4", "--alpha", "8"]),
     (
@@ -98,14 +79,8 @@ struct Reached {
 
 impl Several {
     pub(crate) fn run(&self) -> Outcome<()> {
-        let known: Vec<&str> = METHODS.iter().map(|(name, _)| *name).collect();
-        if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
-            return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
-        }
-        let wanted = METHODS
-            .iter()
-            .filter(|(name, _)| self.methods.is_empty() || self.methods.iter().any(|method| method == name));
-        if let Some(seed) = self.seed {
+        let wanted = self.runs.chosen(&METHODS, &[])?;
+        if let Some(seed) = self.runs.seed {
             return wanted.into_iter().try_for_each(|(name, flags)| self.one(name, flags, seed).map(drop));
         }
         let name = |task: &PathBuf| task.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -113,7 +88,7 @@ impl Several {
         println!("| method | {} | mean | trained parameters | time |", tasks.join(" | "));
         println!("|---|{}---|---|---|", "---|".repeat(tasks.len()));
         for (name, flags) in wanted {
-            let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
+            let runs = self.runs.each(|seed| self.one(name, flags, seed))?;
             let cell = |of: &dyn Fn(&Reached) -> f64| {
                 let (mean, deviation) = mean_and_deviation(&runs.iter().map(of).collect::<Vec<_>>());
                 format!("{mean:.4} ± {deviation:.4}")
@@ -129,7 +104,7 @@ impl Several {
 
     /// One run, or what it wrote down when it was done before.
     fn one(&self, name: &str, flags: &[&str], seed: u64) -> Outcome<Reached> {
-        let out = self.out.join(format!("{name}-{seed}"));
+        let out = self.runs.out.join(format!("{name}-{seed}"));
         let note = out.join("reached.json");
         if !note.is_file() {
             let (train, _) = watch(self.train(flags, seed, &out))?;
@@ -175,9 +150,8 @@ impl Several {
     }
 
     fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.peft);
-        command.args([verb, "--json", "--device", &self.device, "--model"]).arg(&self.model);
-        command.args(["--max-len", &self.max_len.to_string()]);
+        let mut command = self.runs.command(verb);
+        command.args(["--max-len", &self.max_len.to_string(), "--model"]).arg(&self.runs.model);
         command
     }
 

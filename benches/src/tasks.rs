@@ -12,46 +12,27 @@
 //! (`cargo xtask fetch smollm2 identity`, `--model data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data data/identity/identity.json --measure loss`).
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
 use clap::Args;
 use serde_json::Value;
 
 use crate::Outcome;
+use crate::runs::{Recipe, Runs, mean_and_deviation, watch};
 
 #[derive(Args)]
 pub(crate) struct Tasks {
-    /// The program
-    #[arg(long, value_name = "FILE")]
-    peft: PathBuf,
-    /// An encoder
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    runs: Runs,
     /// The beginning of the names of the data
     #[arg(long, value_name = "PREFIX")]
     data: PathBuf,
-    /// Where the runs go; those that are there already are not repeated
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Where to train, as `peft --device` has it
-    #[arg(long, default_value = "cpu")]
-    device: String,
-    /// Methods to run [default: all but those of prompts]
-    #[arg(long, value_delimiter = ',')]
-    methods: Vec<String>,
     /// What prompts start from that start from a text
     #[arg(long, default_value = "")]
     prompt_text: String,
     /// Replace {{NAME}} in the data, as NAME=VALUE; may be repeated
     #[arg(long, value_name = "NAME=VALUE")]
     set: Vec<String>,
-    /// Runs of each, with the seeds from 1
-    #[arg(long, default_value_t = 3)]
-    seeds: u64,
-    /// Only the runs with this seed, and no table
-    #[arg(long)]
-    seed: Option<u64>,
     /// Passes over the data
     #[arg(long, default_value_t = 2.0)]
     epochs: f64,
@@ -79,7 +60,7 @@ const LINEAR: &str = "query,key,value,dense,q_proj,k_proj,v_proj,o_proj,fc1,fc2"
 const NORMS: &str = "LayerNorm,layernorm,layernorm_before,layernorm_after,norm1,norm2";
 
 /// A method with the settings that are usual for it, on the names of BERT and of vision models; a name that a model does not have adapts nothing.
-const METHODS: [(&str, &[&str]); 10] = [
+const METHODS: [Recipe; 10] = [
     ("full", &["--method", "full", "--lr", "5e-5"]),
     ("head", &["--method", "head", "--lr", "1e-2"]),
     ("lora", &["--method", "lora", "--targets", QUERY_VALUE, "--rank", "8", "--alpha", "16", "--lr", "2e-3"]),
@@ -96,7 +77,7 @@ const METHODS: [(&str, &[&str]); 10] = [
 const TEXT: &str = "TEXT";
 
 /// Methods of prompts, with their own learning rates: from random tokens of the model, from random values, from a text.
-const PROMPTS: [(&str, &[&str]); 8] = [
+const PROMPTS: [Recipe; 8] = [
     ("prompt", &["--method", "prompt"]),
     ("prompt-random", &["--method", "prompt", "--init", "random"]),
     ("prompt-text", &["--method", "prompt", "--prompt-text", TEXT]),
@@ -119,20 +100,14 @@ struct Reached {
 
 impl Tasks {
     pub(crate) fn run(&self) -> Outcome<()> {
-        let known: Vec<&str> = METHODS.iter().chain(&PROMPTS).map(|(name, _)| *name).collect();
-        if let Some(unknown) = self.methods.iter().find(|name| !known.contains(&name.as_str())) {
-            return Err(format!("there is no method {unknown} here; there are: {}", known.join(", ")).into());
-        }
-        let usual = METHODS.iter().filter(|_| self.methods.is_empty());
-        let asked = METHODS.iter().chain(&PROMPTS).filter(|(name, _)| self.methods.iter().any(|method| method == name));
-        let mut wanted = usual.chain(asked);
-        if let Some(seed) = self.seed {
-            return wanted.try_for_each(|(name, flags)| self.one(name, flags, seed).map(drop));
+        let wanted = self.runs.chosen(&METHODS, &PROMPTS)?;
+        if let Some(seed) = self.runs.seed {
+            return wanted.into_iter().try_for_each(|(name, flags)| self.one(name, flags, seed).map(drop));
         }
         println!("| method | {} | before training | trained parameters | time | peak memory |", self.measure);
         println!("|---|---|---|---|---|---|");
         for (name, flags) in wanted {
-            let runs = (1..=self.seeds).map(|seed| self.one(name, flags, seed)).collect::<Outcome<Vec<_>>>()?;
+            let runs = self.runs.each(|seed| self.one(name, flags, seed))?;
             let (mean, deviation) = spread(&runs, |run| run.measure);
             let [before, trained, seconds, mib] = [
                 |run: &Reached| run.before,
@@ -150,7 +125,7 @@ impl Tasks {
 
     /// One run, or what it wrote down when it was done before.
     fn one(&self, name: &str, flags: &[&str], seed: u64) -> Outcome<Reached> {
-        let out = self.out.join(format!("{name}-{seed}"));
+        let out = self.runs.out.join(format!("{name}-{seed}"));
         let note = out.join("reached.json");
         if !note.is_file() {
             let train = self.train(flags, seed, &out);
@@ -160,14 +135,13 @@ impl Tasks {
                 std::fs::write(&note, format!("{reached:#}\n"))?;
                 return self.read(&note);
             }
-            let mut eval = Command::new(&self.peft);
+            let mut eval = self.runs.command("eval");
             if out.join("adapter_config.json").is_file() {
-                eval.args(["eval", "--json", "--model"]).arg(&self.model).arg("--adapter").arg(&out);
+                eval.arg("--model").arg(&self.runs.model).arg("--adapter").arg(&out);
             } else {
-                eval.args(["eval", "--json", "--model"]).arg(&out);
+                eval.arg("--model").arg(&out);
             }
-            eval.args(["--device", &self.device, "--max-len", &self.max_len.to_string(), "--data"])
-                .arg(self.part("test"));
+            eval.args(["--max-len", &self.max_len.to_string(), "--data"]).arg(self.part("test"));
             let (tested, _) = watch(eval)?;
             let reached = serde_json::json!({ "train": result, "test": tested, "mib": mib });
             std::fs::write(&note, format!("{reached:#}\n"))?;
@@ -189,12 +163,8 @@ impl Tasks {
     }
 
     fn train(&self, flags: &[&str], seed: u64, out: &Path) -> Command {
-        let mut command = Command::new(&self.peft);
-        command
-            .args(["train", "--device", &self.device, "--json", "--overwrite", "--model"])
-            .arg(&self.model)
-            .arg("--out")
-            .arg(out);
+        let mut command = self.runs.command("train");
+        command.args(["--overwrite", "--model"]).arg(&self.runs.model).arg("--out").arg(out);
         if self.data.is_file() {
             command.arg("--data").arg(&self.data).args(["--eval-fraction", "0.2"]);
         } else {
@@ -226,33 +196,6 @@ impl Tasks {
     }
 }
 
-/// The JSON object that a command prints, and the largest memory that it was seen to hold, in MiB.
-pub(crate) fn watch(mut command: Command) -> Outcome<(Value, f64)> {
-    let mut child = command.stdout(Stdio::piped()).spawn()?;
-    // The kernel keeps the peak itself, so that looking now and then misses only what the last moment adds.
-    let (status, mut peak) = (format!("/proc/{}/status", child.id()), 0.0_f64);
-    while child.try_wait()?.is_none() {
-        let text = std::fs::read_to_string(&status).unwrap_or_default();
-        let kib =
-            text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
-        peak = peak.max(kib.unwrap_or(0.0));
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let output = child.wait_with_output()?;
-    if !output.status.success() {
-        return Err(format!("{command:?}: {}", output.status).into());
-    }
-    Ok((serde_json::from_slice(&output.stdout)?, peak / 1024.0))
-}
-
 fn spread(runs: &[Reached], of: impl Fn(&Reached) -> f64) -> (f64, f64) {
     mean_and_deviation(&runs.iter().map(of).collect::<Vec<_>>())
-}
-
-/// Mean and standard deviation of a sample.
-pub(crate) fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
-    let count = values.len().max(1) as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let squares = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
-    (mean, (squares / (count - 1.0).max(1.0)).sqrt())
 }

@@ -65,6 +65,11 @@ fn what_does_not_fit_is_named() {
     // Five experts of which the file has four.
     let missing = refused(case, "num_experts", json!(5));
     assert!(missing.contains("model.layers.0.mlp.experts.down.lora_A.weight: expected 5 experts"), "{missing}");
+    // A module without tensors, in either form of the list.
+    let found = refused(case, "target_modules", json!(["q_proj", "o_proj"]));
+    assert!(found.contains("target_modules") && found.contains("o_proj"), "{found}");
+    let found = refused(case, "target_modules", json!({ "q_proj": true, "k_proj": false, "o_proj": true }));
+    assert!(found.contains("o_proj"), "{found}");
     let missing = read_published(Path::new("nowhere")).unwrap_err().to_string();
     assert!(missing.contains("adapter_config.json"), "{missing}");
 }

@@ -8,12 +8,13 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::files::{ENCODER_FILE, TENSOR_FILE, peft_type};
 use peft_core::{
-    AdapterFile, Error, Method, ParamVisitor, PathStack, Peft, Problem, Targets, Union, load_adapter, merge,
-    save_adapter, visit_params,
+    AdapterFile, ComposedConfig, Error, Method, ParamVisitor, PathStack, Peft, Problem, Targets, Union, load_adapter,
+    merge, save_adapter, visit_params,
 };
 use peft_lora::LoraConfig;
 use peft_models::encoder::{Input, Text};
 use peft_models::{Encoder, ModelSource, PretrainedEncoder};
+use peft_moe::{MixLoraConfig, MixtureConfig};
 use peft_prompt::PrefixTuningConfig;
 use peft_testkit::{Laws, Stack, fill_adapter, table};
 use peft_union::{AnyUnion, Parts, mam, unipelt};
@@ -46,6 +47,20 @@ fn a_union_obeys_the_laws() {
     let three = Union::new(prefix, Union::new(BottleneckConfig::parallel(4.0), up));
     let laws = Laws::new(three, |_, _| 0, ("parts", json!([])));
     hold(&laws.skip("unaware", "a place is there for adapters alone").skip("identity", "a prefix is read"));
+}
+
+/// LoRA+ finds the fields of a part by what holds it.
+#[test]
+fn fields_of_parts_learn_as_fast_as_alone() {
+    type Mixture = MixtureConfig<LoraConfig>;
+    assert!(Mixture::is_fast("experts.b") && Mixture::is_fast("shared.1.b") && !Mixture::is_fast("experts.a"));
+    assert!(!Mixture::is_fast("router.weight") && !Mixture::is_fast("router.b"));
+    assert!(MixLoraConfig::is_fast("down.b") && !MixLoraConfig::is_fast("down.a"));
+    type Composed = ComposedConfig<LoraConfig>;
+    assert!(Composed::is_fast("parts.0.b") && !Composed::is_fast("parts.0.a") && !Composed::is_fast("fusion.query"));
+    type Both = Union<Ia3Config, Union<LoraConfig, Mixture>>;
+    assert!(Both::is_fast("second.first.b") && Both::is_fast("second.second.experts.b") && !Both::is_fast("first.l"));
+    assert!(!Both::FAST.is_empty() && Ia3Config::FAST.is_empty());
 }
 
 #[test]

@@ -131,13 +131,19 @@ pub fn tensors_of(dir: &Path) -> Result<BTreeMap<String, Values>> {
 /// # Errors
 /// When there is neither, or it is malformed.
 pub fn read_tensors(dir: &Path) -> Result<(PathBuf, BTreeMap<String, Values>)> {
+    read_with_fingerprint(dir).map(|(path, tensors, _)| (path, tensors))
+}
+
+/// The same, and the fingerprint that the file holds in its metadata; a pickle has none.
+fn read_with_fingerprint(dir: &Path) -> Result<(PathBuf, BTreeMap<String, Values>, Option<String>)> {
     let (path, torch) = (dir.join(TENSOR_FILE), dir.join(TORCH_FILE));
     if !path.exists() && torch.exists() {
         let tensors = read_torch(&torch)?;
-        return Ok((torch, tensors));
+        return Ok((torch, tensors, None));
     }
-    let tensors = read_values(&path)?;
-    Ok((path, tensors))
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    let (tensors, fingerprint) = (values_of(&bytes, &path)?, fingerprint_of(&bytes, &path)?);
+    Ok((path, tensors, fingerprint))
 }
 
 /// Takes off what keys of PEFT's layout begin with.
@@ -248,9 +254,8 @@ impl<M: Method> AdapterFile<M> {
         let json: Map<_, _> = json.into_iter().filter(|(_, value)| !value.is_null()).collect();
         let method: M = parse(&json).map_err(|e| Error::format(&path, culprit::<M>(&json) + &e.to_string()))?;
         method.check()?;
-        let (path, tensors) = read_tensors(dir)?;
+        let (_, tensors, base_fingerprint) = read_with_fingerprint(dir)?;
         let mut tensors: BTreeMap<_, _> = tensors.into_iter().map(without(Self::PREFIX)).collect();
-        let base_fingerprint = fingerprint_of(&path)?;
         let method = method.read_parts(dir, &mut tensors)?;
         let path = dir.join(ENCODER_FILE);
         let method = if method.has_prompts() && path.is_file() {
@@ -406,13 +411,9 @@ fn values_of(bytes: &[u8], path: &Path) -> Result<BTreeMap<String, Values>> {
     Ok(tensors)
 }
 
-/// The fingerprint that a safetensors file holds in its metadata; a pickle has none.
-fn fingerprint_of(path: &Path) -> Result<Option<String>> {
-    if path.file_name() != Some(TENSOR_FILE.as_ref()) {
-        return Ok(None);
-    }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(malformed(path))?;
+/// The fingerprint that a safetensors file holds in its metadata.
+fn fingerprint_of(bytes: &[u8], path: &Path) -> Result<Option<String>> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed(path))?;
     Ok(header.metadata().as_ref().and_then(|metadata| metadata.get(FINGERPRINT)).cloned())
 }
 

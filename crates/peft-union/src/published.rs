@@ -43,10 +43,19 @@ struct Published {
     routing_strategy: String,
     num_experts: usize,
     top_k: Option<usize>,
+    target_modules: Names,
     expert_lora: Option<ExpertLora>,
     router_aux_loss_coef: Option<f64>,
     base_model_name_or_path: Option<String>,
     task_type: Option<String>,
+}
+
+/// A list, or names with whether each is meant.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Names {
+    List(Vec<String>),
+    Map(BTreeMap<String, bool>),
 }
 
 /// What experts have instead.
@@ -73,6 +82,7 @@ pub fn read_published(dir: &Path) -> Result<AdapterFile<AnyUnion>> {
         tensors.take(&config, &key, values);
     }
     tensors.join_experts(config.num_experts);
+    config.check_modules(&tensors)?;
     let Tensors { joined, plain, mixed, problems, .. } = tensors;
     if !problems.is_empty() {
         return Err(Error::Tensors { path, problems });
@@ -99,6 +109,30 @@ impl Published {
         match self.bias.as_deref() {
             None | Some("none") => Ok(()),
             Some(bias) => Err(Error::config("bias", "none", bias)),
+        }
+    }
+
+    /// Refuses a file that lacks a module whose name the configuration gives.
+    fn check_modules(&self, found: &Tensors) -> Result<()> {
+        let named: Vec<&str> = match &self.target_modules {
+            Names::List(names) => names.iter().map(String::as_str).collect(),
+            Names::Map(names) => names.iter().filter(|(_, meant)| **meant).map(|(name, _)| name.as_str()).collect(),
+        };
+        let is_there = |name: &&str| {
+            let field =
+                PROJECTIONS.iter().find(|(new, old, ..)| new == name || old == name).map(|(_, _, field, _)| *field);
+            [Some(*name), field]
+                .into_iter()
+                .flatten()
+                .any(|name| found.plain.contains(name) || found.mixed.contains(name))
+        };
+        match named.iter().find(|name| !is_there(name)) {
+            Some(missing) => {
+                let there: Vec<&str> = found.plain.iter().chain(&found.mixed).map(String::as_str).collect();
+                let expected = format!("modules of which the file has tensors ({})", there.join(", "));
+                Err(Error::config("target_modules", expected, missing))
+            }
+            None => Ok(()),
         }
     }
 
