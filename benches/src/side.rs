@@ -15,6 +15,7 @@ use peft_models::load::{Packing, Precision, load_weights};
 use peft_models::{CausalLm, Layout, Sampling, generate};
 use peft_moe::{Balance, MixtureConfig, RouterConfig};
 use peft_quant::Quantization;
+use peft_train::{Optimization, Rates};
 use serde_json::{Value, json};
 
 use crate::plain::PlainLlama;
@@ -96,17 +97,20 @@ impl Side {
         };
         let two = RouterConfig::TopK { k: 2 };
         let mut seconds = match self {
-            Self::TwoOf8 => steps(mixed(8, two)?, setup, balanced)?,
-            Self::TwoOf32 => steps(mixed(32, two)?, setup, balanced)?,
-            Self::AllOf8 => steps(mixed(8, RouterConfig::Soft)?, setup, balanced)?,
-            Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss)?,
-            Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss)?,
-            Self::Plain => steps(PlainLlama::new(setup, Some(setup.rank), &train), setup, PlainLlama::loss)?,
+            Self::TwoOf8 => steps(mixed(8, two)?, setup, balanced, ours())?,
+            Self::TwoOf32 => steps(mixed(32, two)?, setup, balanced, ours())?,
+            Self::AllOf8 => steps(mixed(8, RouterConfig::Soft)?, setup, balanced, ours())?,
+            Self::Lora | Self::LoraBf16 => steps(adapted(load(&Packing::Dense, &train)?)?, setup, loss, ours())?,
+            Self::Packed | Self::PackedBf16 => steps(adapted(load(&nf4, &train)?)?, setup, loss, ours())?,
+            Self::Plain => {
+                let model = PlainLlama::new(setup, Some(setup.rank), &train);
+                steps(model, setup, PlainLlama::loss, burns())?
+            }
             Self::ApplyLora => {
                 let group = ParamGroup::from_regex(r"_proj\.base\.weight$").map_err(|e| format!("{e:?}"))?;
                 let lora = Lora::new(setup.rank, 2.0 * setup.rank as f64).set_param_group(group);
                 let model = PlainLlama::new(setup, None, &train).apply_lora(lora);
-                steps(model, setup, PlainLlama::loss)?
+                steps(model, setup, PlainLlama::loss, burns())?
             }
             Self::Decode | Self::DecodeBf16 => decode(&load(&Packing::Dense, &device)?, setup.steps, &device)?,
             Self::DecodePacked => decode(&load(&nf4, &device)?, setup.steps, &device)?,
@@ -138,15 +142,29 @@ fn balanced(model: &CausalLm, ids: Tensor<2, Int>, targets: Tensor<1, Int>) -> T
     said.into_iter().filter_map(|each| each.loss).fold(loss, |sum, loss| sum + loss)
 }
 
+const LEARNING_RATE: f64 = 1e-4;
+
+/// AdamW as `peft train` has it.
+fn ours<M: Module>() -> impl FnMut(M, GradientsParams) -> M {
+    let mut optimization = Optimization::new(1e-4);
+    move |model, grads| optimization.step(model, grads, Rates::new(LEARNING_RATE), 1.0)
+}
+
+/// AdamW as Burn has it.
+fn burns<M: Module>() -> impl FnMut(M, GradientsParams) -> M {
+    let mut optim = AdamWConfig::new().init();
+    move |model, grads| optim.step(LEARNING_RATE, model, grads)
+}
+
 /// Seconds of each step of `accumulate` batches, the first two left out.
 fn steps<M: Module>(
     mut model: M,
     setup: &Setup,
     loss: impl Fn(&M, Tensor<2, Int>, Tensor<1, Int>) -> Tensor<1>,
+    mut update: impl FnMut(M, GradientsParams) -> M,
 ) -> Outcome<Vec<f64>> {
     let Setup { batch, seq, vocab, steps, accumulate, .. } = *setup;
     let device = model.devices().into_iter().next().unwrap_or_else(Device::flex).without_autodiff();
-    let mut optim = AdamWConfig::new().init();
     let tokens: Vec<i64> = (0..batch * (seq + 1)).map(|i| (i * 2_654_435_761 % vocab) as i64).collect();
     let tokens = Tensor::<2, Int>::from_data(TensorData::new(tokens, [batch, seq + 1]), &device);
     let (ids, targets) = (tokens.clone().narrow(1, 0, seq), tokens.narrow(1, 1, seq).reshape([batch * seq]));
@@ -158,7 +176,7 @@ fn steps<M: Module>(
             let loss = loss(&model, ids.clone(), targets.clone());
             sum.accumulate(&model, GradientsParams::from_grads(loss.backward(), &model));
         }
-        model = optim.step(1e-4, model, sum.grads());
+        model = update(model, sum.grads());
         // Waits for what the device has still to do.
         device.sync()?;
         seconds.push(started.elapsed().as_secs_f64());

@@ -27,6 +27,7 @@ pub use labelling::{Labelling, Report};
 pub use language::NextToken;
 pub use metrics::{EvalRecord, Record, StepRecord, read_metrics};
 pub use objective::{BatchOf, Evaluation, Objective};
+pub use optimizer::{Optimization, Rates};
 pub use plot::loss_curve;
 pub use schedule::Schedule;
 pub use task_file::{TASK_FILE, task_of_adapter};

@@ -14,8 +14,30 @@ use peft_core::{ParamMapper, PathStack, map_params};
 
 use crate::objective::scalar;
 
-/// AdamW with PyTorch's defaults: β = (0.9, 0.999), ε = 1e-8.
-pub(crate) struct Optimization {
+/// AdamW with PyTorch's defaults, β = (0.9, 0.999) and ε = 1e-8, over the parameters of a module that have gradients.
+///
+/// Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. One pass over each parameter and its moments, in place where nobody else has them;
+/// moments go by the parameter's path, so that they fit a module that another process makes.
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn::optim::GradientsParams;
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use peft_train::{Optimization, Rates};
+///
+/// let device = Device::flex().autodiff();
+/// let mut layer = LinearConfig::new(4, 1).init(&device);
+/// let mut optimization = Optimization::new(0.01);
+/// let x = Tensor::<2>::random([8, 4], Distribution::Default, &device);
+/// let loss = |layer: &burn::nn::Linear| layer.forward(x.clone()).square().mean();
+/// let before: f32 = loss(&layer).into_scalar();
+/// for _ in 0..10 {
+///     let grads = GradientsParams::from_grads(loss(&layer).backward(), &layer);
+///     layer = optimization.step(layer, grads, Rates::new(1e-2), 1.0);
+/// }
+/// assert!(loss(&layer).into_scalar::<f32>() < before);
+/// ```
+pub struct Optimization {
     adamw: AdamW,
     moments: BTreeMap<String, Moments>,
 }
@@ -28,20 +50,31 @@ struct Moments {
 
 /// Learning rate, and the factor by which LoRA+ (arXiv:2402.12354) raises it for the adapter's fields for which `fast` holds.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rates {
+pub struct Rates {
+    /// `η`
     pub base: f64,
+    /// `λ` of LoRA+
     pub plus: f64,
+    /// Whether a field of an adapter has the higher rate.
     pub fast: Option<fn(&str) -> bool>,
 }
 
+impl Rates {
+    /// The same rate for all.
+    pub fn new(base: f64) -> Self {
+        Self { base, plus: 1.0, fast: None }
+    }
+}
+
 impl Optimization {
-    pub(crate) fn new(weight_decay: f64) -> Self {
+    /// With `weight_decay` as `λ`, and no moments yet.
+    pub fn new(weight_decay: f64) -> Self {
         let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay };
         Self { adamw, moments: BTreeMap::new() }
     }
 
     /// One step, with every gradient multiplied by `factor`.
-    pub(crate) fn step<M: Module>(&mut self, module: M, grads: GradientsParams, rates: Rates, factor: f64) -> M {
+    pub fn step<M: Module>(&mut self, module: M, grads: GradientsParams, rates: Rates, factor: f64) -> M {
         map_params(module, &mut Stepper { optimization: self, grads, rates, factor })
     }
 
