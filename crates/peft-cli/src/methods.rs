@@ -7,6 +7,7 @@ mod prompts;
 mod published;
 mod union;
 mod whole;
+mod xlora;
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
@@ -302,6 +303,16 @@ pub const METHODS: &[Entry] = &[
         files: Some(&FilesOf::<AnyUnion>(PhantomData)),
     },
     Entry {
+        name: "xlora",
+        about: "trained LoRAs, --experts, mixed token by token by a classifier (Buehler 2024, arXiv:2402.07148)",
+        formula: "y = x·W + b + Σ σₑ(h) · (alpha / rank)·x·Aₑ·Bₑ, h of a first pass",
+        parameters: "in all: width · experts + experts; experts of each layer with --layerwise-scalings",
+        learning_rate: 1e-4,
+        merges: false,
+        build: |settings| Ok(Box::new(xlora::xlora(settings)?)),
+        files: Some(&FilesOf::<XLoraConfig>(PhantomData)),
+    },
+    Entry {
         name: "pill",
         about: "experts for text and images behind norms; here the text's (Zhang et al. 2023, arXiv:2311.02126)",
         formula: "y = x + (silu(x·G) ⊙ (x·D))·U",
@@ -332,9 +343,6 @@ pub const METHODS: &[Entry] = &[
         files: None,
     },
 ];
-
-/// Adapters that the command line uses and does not train.
-const USED: &[&dyn AdapterFiles] = &[&FilesOf::<XLoraConfig>(PhantomData)];
 
 /// A configured method, whichever it is, on either kind of model.
 pub trait Adaptation: Adapts<CausalLm> + Adapts<Encoder> {
@@ -521,10 +529,9 @@ pub fn by_name(name: &str) -> Result<&'static Entry> {
 pub fn of_adapter(dir: &Path) -> Result<&'static dyn AdapterFiles> {
     let found = peft_type(dir)?;
     let published = published::FILES.iter().map(|files| files as &dyn AdapterFiles);
-    let mut known = METHODS.iter().filter_map(|entry| entry.files).chain(USED.iter().copied()).chain(published);
+    let mut known = METHODS.iter().filter_map(|entry| entry.files).chain(published);
     known.find(|files| files.peft_type() == found).ok_or_else(|| {
-        let used: Vec<&str> = USED.iter().map(|files| files.peft_type()).collect();
-        let expected = format!("a method that is known ({}, {})", names(Entry::peft_type), used.join(", "));
+        let expected = format!("a method that is known ({})", names(Entry::peft_type));
         peft_core::Error::Method { path: dir.join(CONFIG_FILE), expected, found }.into()
     })
 }

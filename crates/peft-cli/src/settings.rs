@@ -79,7 +79,14 @@ pub struct Settings {
     /// Mixtures: how many experts there are, or skills of poly [default: the method's]
     #[arg(long, help_heading = "Method", value_name = "N")]
     pub num_experts: Option<usize>,
-    /// molora, mov: each token goes through the best K experts alone [default: through all]
+    /// xlora: a folder with a trained LoRA, which stays as it is; one --experts for each
+    #[arg(long, help_heading = "Method", value_name = "DIR")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub experts: Vec<PathBuf>,
+    /// xlora: each adapted layer mixes the experts in its own way
+    #[arg(long, default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set, hide_possible_values = true, help_heading = "Method")]
+    pub layerwise_scalings: bool,
+    /// molora, mov, mixlora, xlora: each token goes through the best K experts alone [default: through all; mixlora: 2]
     #[arg(long, help_heading = "Method", value_name = "K")]
     pub top_k: Option<usize>,
     /// molora, mov: weight of the loss that keeps all experts at work [default: 0]

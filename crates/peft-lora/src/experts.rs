@@ -50,6 +50,33 @@ pub fn join_factors(key: &str, experts: &[Values]) -> Option<Values> {
     Some(Values { shape: vec![rows, experts.len() * columns], values: (0..rows).flat_map(line).collect() })
 }
 
+/// `Σₑ gₑ·sₑ·(x·Aₑ·Bₑ + βₑ)` of adapters that were trained apart, so that ranks and scales differ, in one operation; no dropout acts.
+///
+/// # Shapes
+/// `x`: `[rows, d_in]`; `gates`: `[rows, experts]`; result `[rows, d_out]`
+///
+/// # Panics
+/// Without an expert, or when shapes do not fit.
+pub fn mix(experts: &[&LoraAdapter], x: Tensor<2>, gates: Tensor<2>) -> Tensor<2> {
+    let rank = experts.iter().map(|expert| expert.a.dims()[1]).max().expect("at least one expert");
+    // What is missing up to the largest rank adds nothing.
+    let filled = |factor: Tensor<2>, dim: usize| {
+        let (mut missing, options) = (factor.dims(), (&factor.device(), factor.dtype()));
+        missing[dim] = rank - missing[dim];
+        if missing[dim] == 0 { factor } else { Tensor::cat(vec![factor, Tensor::zeros(missing, options)], dim) }
+    };
+    let a = Tensor::cat(experts.iter().map(|expert| filled(expert.a.val(), 1)).collect(), 1);
+    let b = Tensor::cat(experts.iter().map(|expert| filled(expert.b.val() * expert.scale, 0)).collect(), 0);
+    let gates = gates.cast(a.dtype());
+    let biases = experts.iter().enumerate().filter_map(|(number, expert)| {
+        let bias = expert.bias.as_ref()?.val() * expert.scale;
+        Some(gates.clone().narrow(1, number, 1).matmul(bias.unsqueeze()))
+    });
+    let biases: Vec<Tensor<2>> = biases.collect();
+    let y = low_rank_experts(x.cast(a.dtype()), a, b, gates, 1.0);
+    biases.into_iter().fold(y, |y, bias| y + bias)
+}
+
 impl Experts<LoraAdapter> for LoraExperts {
     fn of(experts: Vec<LoraAdapter>) -> Self {
         let factors = |of: fn(&LoraAdapter) -> Tensor<2>, dim| joined(experts.iter().map(of).collect(), dim);

@@ -13,7 +13,7 @@ mod plus;
 mod unbuilt;
 
 pub use combine::{Combination, combine};
-pub use experts::{LoraExperts, join_factors};
+pub use experts::{LoraExperts, join_factors, mix};
 pub use factors::attach_factors;
 pub use init::InitWeights;
 pub use lora::{LoraAdapter, LoraConfig};

@@ -130,6 +130,8 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("alpha-pattern", !settings.alpha_pattern.is_empty()),
         ("lora-plus", settings.lora_plus != 1.0),
         ("num-experts", settings.num_experts.is_some()),
+        ("experts", !settings.experts.is_empty()),
+        ("layerwise-scalings", settings.layerwise_scalings),
         ("top-k", settings.top_k.is_some()),
         ("balance", settings.balance.is_some()),
         ("target-parameters", !settings.target_parameters.is_empty()),

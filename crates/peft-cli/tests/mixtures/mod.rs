@@ -151,6 +151,55 @@ fn folders_of_xlora_are_used() {
     gives_the_logits_of_peft(&testdata("mixtures/xlora/layerwise"), "xlora/layerwise");
 }
 
+/// Two tasks are learned apart; then a classifier learns which of the two a token needs.
+#[test]
+fn a_classifier_of_trained_adapters_is_trained() {
+    let shop = Workshop::new();
+    let (model, first, second) = (shop.path("model"), shop.path("data.jsonl"), shop.path("second.jsonl"));
+    fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
+    let without = |mut args: Vec<String>, flag: &str| {
+        let at = args.iter().position(|arg| arg == flag).unwrap();
+        args.drain(at..at + 2);
+        args
+    };
+    json_of(&strs(&shop.train("law", &["--rank", "2", "--steps", "20"])));
+    let mut code = shop.train("code", &["--rank", "4", "--steps", "20"]);
+    code.iter_mut().filter(|arg| **arg == first).for_each(|arg| arg.clone_from(&second));
+    json_of(&strs(&code));
+    let (law, code, out) = (shop.path("law"), shop.path("code"), shop.path("xlora"));
+    let experts = ["--method", "xlora", "--experts", &law, "--experts", &code];
+    let train = |name: &str, more: &[&str]| without(shop.train(name, &[&experts[..], more].concat()), "--targets");
+    let own = ["--data", &second, "--steps", "30", "--top-k", "1", "--layerwise-scalings"];
+    let result = json_of(&strs(&train("xlora", &own)));
+    let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+    assert!(loss(&result["after"]) < loss(&result["before"]), "{result}");
+    // Two experts for each of 14 layers, from hidden states of 32.
+    assert_eq!(result["parameters"]["trainable"], json!((32 + 1) * 2 * 14), "{result}");
+    let kept = |folder: &str, expert: &str| {
+        let values = |path: String| fs::read(format!("{path}/adapter_model.safetensors")).unwrap();
+        assert_eq!(values(format!("{out}/{folder}")), values(expert.to_owned()), "expert {folder} was changed");
+    };
+    kept("0", &law);
+    kept("1", &code);
+    let used = ["eval", "--json", "--model", &model, "--adapter", &out, "--data", &second, "--set", "name=Ada"];
+    assert!(loss(&json_of(&used)) < loss(&result["before"]));
+    let (status, message) = refused(&["merge", "--model", &model, "--adapter", &out, "--out", &shop.path("merged")]);
+    assert!(status == 1 && message.contains("a classifier says token by token"), "{message}");
+
+    let none = without(shop.train("refused", &["--method", "xlora"]), "--targets");
+    let refusals = [
+        (none, "--experts is missing"),
+        (train("refused", &["--experts", &model]), "adapter_config.json"),
+        (train("refused", &["--top-k", "3"]), "adapters"),
+        (shop.train("refused", &experts), "--targets"),
+        (train("refused", &["--rank", "2"]), "--rank: xlora has no such setting"),
+    ];
+    for (args, expected) in refusals {
+        let (_, message) = refused(&strs(&args));
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
 /// On text: trained, used, refused where it does not fit.
 #[test]
 fn pill_is_trained_on_text() {

@@ -3,8 +3,8 @@
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
-use peft_core::{Activation, Base, Part as _};
-use peft_lora::LoraAdapter;
+use peft_core::{Activation, Base};
+use peft_lora::{LoraAdapter, mix};
 
 use super::classifier::Classifier;
 use super::scalings::{Scalings, scalings, with_scalings};
@@ -72,18 +72,13 @@ impl Reparameterization for XLoraAdapter {
 
 impl Activation for XLoraAdapter {
     fn linear(&self, x: Tensor<2>, base: &Base<'_>) -> Option<Tensor<2>> {
-        let y = base.linear(x.clone());
+        let (y, experts) = (base.linear(x.clone()), self.experts.len());
         let Some(gates) = self.gates(&x) else { return Some(y) };
-        let ([batch, seq], [_, d_in], dtype) = (base.leading(), x.dims(), y.dtype());
-        let seen = x.reshape([batch, seq, d_in]);
-        let update = |(number, expert): (usize, &Option<LoraAdapter>)| {
-            // Of what is not trained no dropout acts.
-            let update = expert.as_ref()?.update(seen.clone());
-            let gate = gates.clone().narrow(1, number, 1).reshape([batch, seq, 1]).cast(update.dtype());
-            Some(update * gate)
-        };
-        let updates = self.experts.iter().enumerate().filter_map(update);
-        Some(updates.fold(y, |y, update| y + update.flatten(0, 1).cast(dtype)))
+        let (here, present): (Vec<i64>, Vec<&LoraAdapter>) =
+            (0_i64..).zip(&self.experts).filter_map(|(number, expert)| Some((number, expert.as_ref()?))).unzip();
+        let gates = if here.len() == experts { gates } else { gates.select(1, Tensor::from_ints(&here[..], &x.device())) };
+        let dtype = y.dtype();
+        Some(y + mix(&present, x, gates).cast(dtype))
     }
 
     fn passes(&self, pass: &mut dyn FnMut(usize) -> Tensor<3>) -> Tensor<3> {
