@@ -206,6 +206,25 @@ fn the_file_says_what_merging_adds() {
     }
 }
 
+/// Over packed experts an adapter gives what it gives over the values that are left, and is merged into them.
+#[test]
+fn adapters_on_packed_experts_are_those_on_what_is_left() {
+    for (base, path) in [("mixtral", "mixtral/experts"), ("qwen2_moe", "qwen2_moe/projections")] {
+        let (dir, packing) =
+            (testdata().join("lora-moe").join(path), Packing::Quantize(Quantization::new(Format::NF4)));
+        let golden = dir.join("logits.safetensors");
+        let packed = || load(base, &packing, Precision::F32, &Device::flex());
+        let (adapted, method) = load_adapter::<_, LoraConfig>(packed(), &dir).unwrap();
+        let left = merge(packed(), &method).unwrap();
+        let (expected, _) = load_adapter::<_, LoraConfig>(left, &dir).unwrap();
+        let expected = logits(&expected, &golden);
+        let found = deviation(&logits(&adapted, &golden), &expected);
+        assert!(found < 1e-5, "{path}: {found}");
+        let merged = deviation(&logits(&merge(adapted, &method).unwrap(), &golden), &expected);
+        assert!(merged < 1e-5, "{path}, merged: {merged}");
+    }
+}
+
 #[test]
 fn a_step_moves_the_factors_and_nothing_else() {
     let device = Device::flex().autodiff();

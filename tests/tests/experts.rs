@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::{ParamVisitor, PathStack, Peft as _, Targets, scan, visit_params, with_auxiliary};
+use peft_core::{ParamVisitor, PathStack, Peft as _, Targets, merge, scan, visit_params, with_auxiliary};
 use peft_lora::LoraConfig;
 use peft_models::checkpoint::Checkpoint;
 use peft_models::config::ModelConfig;
@@ -170,6 +170,33 @@ fn logits_over_packed_layers_are_near() {
     }
 }
 
+/// Packed experts give what dense ones of the values that are left give, and take the room of what is packed.
+#[test]
+fn experts_are_packed_each_for_itself() {
+    let quantization = Quantization::new(Format::NF4);
+    for name in ["mixtral", "qwen2_moe_fused", "deepseek_v3"] {
+        let dense = model(name);
+        let packed = pretrained(&dir(name), &Packing::Quantize(quantization.clone()), Precision::F32, &Device::flex());
+        let sites = scan(&packed.model).sites;
+        let experts: Vec<_> = sites.iter().filter(|site| site.experts.is_some()).collect();
+        assert!(!experts.is_empty() && experts.iter().all(|site| site.packed.is_some()), "{name}");
+        let of_dense: Vec<_> = scan(&dense).sites.into_iter().filter(|site| site.experts.is_some()).collect();
+        let shape = |site: &peft_core::Site| (site.path.clone(), site.experts, site.d_in, site.d_out);
+        assert_eq!(
+            experts.iter().map(|site| shape(site)).collect::<Vec<_>>(),
+            of_dense.iter().map(shape).collect::<Vec<_>>()
+        );
+        assert_eq!(packed.model.trainable().total, dense.trainable().total, "{name}");
+        // Without an adapter there is nothing to merge but what is packed.
+        let unpacked = merge(packed.model.clone(), &LoraConfig::default()).unwrap();
+        assert!(scan(&unpacked).sites.iter().all(|site| site.packed.is_none()), "{name}");
+        let (found, expected) = (logits(&packed.model, &golden(name)), logits(&unpacked, &golden(name)));
+        assert!(deviation(&found, &expected) < 1e-5, "{name}: {}", deviation(&found, &expected));
+        let again = peft_quant::quantize(dense, &quantization).unwrap();
+        assert_eq!(logits(&again, &golden(name)), found, "{name}");
+    }
+}
+
 #[test]
 fn routers_are_neither_packed_nor_taken_for_linear_layers() {
     let packing = Packing::Quantize(Quantization::default());
@@ -177,7 +204,7 @@ fn routers_are_neither_packed_nor_taken_for_linear_layers() {
     let packed = |name: &str| {
         scan(&model).sites.into_iter().filter(|s| s.path.ends_with(name)).all(|site| site.packed.is_some())
     };
-    assert!(packed("q_proj") && packed("shared_expert.up_proj") && !packed("mlp.gate"));
+    assert!(packed("q_proj") && packed("shared_expert.up_proj") && packed("experts.down_proj") && !packed("mlp.gate"));
     let adapted = |targets: Targets| {
         let method = LoraConfig { targets, ..LoraConfig::default() };
         scan(&crate::experts::model("qwen2_moe").attach(&method).unwrap()).adapted

@@ -178,7 +178,7 @@ impl<'a> Base<'a> {
 
     /// The adapter's activation form: `Some(None)` for an adapter that has none.
     fn adapter(&self) -> Option<Option<&'a dyn Activation>> {
-        adapter(self.quantized().map_or(self.weight, Quantized::carrier))
+        adapter(self.quantized().map_or(self.weight, Quantized::<2>::carrier))
     }
 
     fn quantized(&self) -> Option<&'a Quantized> {

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
-use burn::module::{Module, ModuleVisitor, Param, Reparameterization as _};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Int, Tensor};
 use peft_kernels::PackedLayout;
 use sha2::{Digest, Sha256};
 
 use crate::location::REPARAMETERIZATION;
-use crate::{Error, ParamVisitor, PathStack, Problem, Quantized, Result, scan, visit_params};
+use crate::quantized::PACKED;
+use crate::{Error, ParamVisitor, PathStack, Problem, Result, scan, visit_params};
 
 /// The weights under the adapters of `module` as one number: SHA-256, in lowercase hexadecimal digits, over the path of each and its own SHA-256,
 /// in the order of the paths.
@@ -91,7 +92,7 @@ struct Parts<'a> {
 
 impl ModuleVisitor for Parts<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
-        if container == REPARAMETERIZATION && name == Quantized::NAME {
+        if container == REPARAMETERIZATION && name == PACKED {
             self.weight = self.stack.path();
         }
         if let (true, Some(PackedLayout { d_out, d_in, bits, block })) =
@@ -108,7 +109,7 @@ impl ModuleVisitor for Parts<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // The one matrix carries the adapter; its own value does not count.
+        // What is no vector carries the adapter; its own value does not count.
         if self.stack.in_packing() && D == 1 {
             self.weights.float(&self.weight, &self.stack.path(), param);
         }
@@ -236,7 +237,7 @@ mod tests {
         let table: Vec<f32> = (0..16).map(|q| q as f32 - 8.0).collect();
         let data = PackedData { layout, bytes: vec![number << 4 | number; 16], table: table.into(), scales };
         let matrix = PackedMatrix::new(data, &Device::flex());
-        pack(model.clone(), HashMap::from([(model.up.weight.id, matrix)])).unwrap()
+        pack(model.clone(), HashMap::from([(model.up.weight.id, vec![matrix])])).unwrap()
     }
 
     fn nested(numbers: [u8; 2]) -> BlockScales {

@@ -2,8 +2,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use peft_kernels::{Groups, grouped_linear};
+use peft_kernels::{Groups, grouped_linear, grouped_packed};
 
+use crate::Quantized;
 use crate::activation::adapter;
 
 /// Linear layers of several experts, whose rows each go through one of them. There is one way to call it, which is the activation seam: an adapter is computed on the rows of
@@ -34,7 +35,7 @@ impl GroupedLinear {
 
     /// How many layers there are.
     pub fn experts(&self) -> usize {
-        self.weight.lazy_shape()[0]
+        experts(&self.weight)
     }
 
     /// Each row of `x` through the layer of its expert.
@@ -43,14 +44,24 @@ impl GroupedLinear {
     /// `[rows, d_in]` to `[rows, d_out]`
     pub fn forward(&self, x: Tensor<2>, groups: &Groups) -> Tensor<2> {
         let base = GroupedBase { weight: &self.weight, groups };
-        let Some(adapter) = adapter(&self.weight) else { return base.linear(x) };
+        let Some(adapter) = adapter(quantized(&self.weight).map_or(&self.weight, Quantized::<3>::carrier)) else {
+            return base.linear(x);
+        };
         // Weights of another type than the input's count as frozen, which an adapted one is not.
         let adapted = |x: Tensor<2>| grouped_linear(x.clone(), self.weight.val().cast(x.dtype()), groups);
         adapter.and_then(|adapter| adapter.grouped(x.clone(), &base)).unwrap_or_else(|| adapted(x))
     }
 }
 
-/// The frozen layers of several experts under an adapter.
+fn quantized(weight: &Param<Tensor<3>>) -> Option<&Quantized<3>> {
+    weight.reparameterization()
+}
+
+fn experts(weight: &Param<Tensor<3>>) -> usize {
+    quantized(weight).map_or_else(|| weight.lazy_shape()[0], |quantized| quantized.experts().len())
+}
+
+/// The frozen layers of several experts under an adapter, dense or packed.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupedBase<'a> {
     weight: &'a Param<Tensor<3>>,
@@ -60,7 +71,10 @@ pub struct GroupedBase<'a> {
 impl GroupedBase<'_> {
     /// The layers without their adapter, `[rows, d_in]` to `[rows, d_out]`.
     pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
-        grouped_linear(x, self.weight.base(), self.groups)
+        match quantized(self.weight) {
+            Some(quantized) => grouped_packed(x, quantized.experts(), self.groups),
+            None => grouped_linear(x, self.weight.base(), self.groups),
+        }
     }
 
     /// Which expert each row goes through.
@@ -70,6 +84,6 @@ impl GroupedBase<'_> {
 
     /// How many experts there are.
     pub fn experts(&self) -> usize {
-        self.weight.lazy_shape()[0]
+        experts(self.weight)
     }
 }

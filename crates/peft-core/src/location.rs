@@ -1,9 +1,7 @@
 //! Where a traversal stands: the bridge between Burn's parameter paths and Hugging Face's names.
 
-use burn::module::Reparameterization as _;
-
-use crate::Quantized;
 use crate::named::NAMED;
+use crate::quantized::PACKED;
 use crate::sub_layer::PLACE;
 
 /// What the layer around a parameter is, as far as adapters care.
@@ -70,9 +68,14 @@ impl LayerKind {
         }
     }
 
-    /// Whether the layer multiplies by a matrix, so that its weight can be packed.
+    /// Whether the layer multiplies by a matrix.
     pub fn multiplies(self) -> bool {
         matches!(self, Self::Linear | Self::Conv1D)
+    }
+
+    /// Whether its weight can be packed: that of what multiplies by a matrix, or by one for each expert.
+    pub fn packs(self) -> bool {
+        self.multiplies() || self == Self::GroupedLinear
     }
 
     /// Whether it is there only for an adapter to sit in.
@@ -148,7 +151,7 @@ impl PathStack {
             _ if container.starts_with("Enum:") => String::new(),
             _ => name.to_owned(),
         };
-        let packing = if container == REPARAMETERIZATION { name == Quantized::NAME } else { self.in_packing() };
+        let packing = if container == REPARAMETERIZATION { name == PACKED } else { self.in_packing() };
         self.levels.push(Level { name, container: container.to_owned(), packing });
     }
 

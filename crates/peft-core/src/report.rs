@@ -85,7 +85,7 @@ impl ModuleVisitor for Packed<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // A matrix there is no part of the weight: the placeholder in which the adapter sits.
+        // What is no vector there is no part of the weight: the placeholder in which the adapter sits.
         if D == 1 && self.stack.in_packing() {
             self.report.total_bytes += param.lazy_shape().num_elements() * size_of::<f32>();
         }

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization as _};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_kernels::PackedLayout;
 use rand::{Rng, SeedableRng};
@@ -11,7 +11,8 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::location::REPARAMETERIZATION;
 use crate::named::NAMED;
-use crate::{LayerKind, PathStack, PromptShape, Quantized};
+use crate::quantized::PACKED;
+use crate::{LayerKind, PathStack, PromptShape};
 
 /// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
 #[derive(Clone, Debug)]
@@ -36,7 +37,7 @@ pub struct Site {
     pub aware: bool,
     /// Type of the weight, and of what it is unpacked to.
     pub dtype: DType,
-    /// How the weight is packed, if it is.
+    /// How the weight is packed, if it is, or that of each expert.
     pub packed: Option<PackedLayout>,
     /// What prompts of the model must be like, where it takes any: how wide it is, and how many heads it has.
     pub prompt: Option<PromptShape>,
@@ -207,14 +208,17 @@ impl ModuleVisitor for Scanner {
             AWARE => {
                 self.aware.insert(self.stack.parent());
             }
-            REPARAMETERIZATION if name != Quantized::NAME => {
+            REPARAMETERIZATION if name != PACKED => {
                 self.scan.adapted.insert(self.stack.parent());
             }
             // The path so far has the field's name, which is about to be replaced.
             NAMED => {}
             _ if self.stack.in_packing() => {
                 if let (Some(layout), Some(site)) = (PackedLayout::announced(container), self.scan.sites.last_mut()) {
-                    (site.d_in, site.d_out, site.packed) = (layout.d_in, layout.d_out, Some(layout));
+                    // The placeholder was that of one expert; each has a matrix.
+                    let others = site.packed.replace(layout).map_or(0, |_| 1);
+                    site.experts = site.experts.map(|experts| experts + others);
+                    (site.d_in, site.d_out) = (layout.d_in, layout.d_out);
                 }
             }
             _ if let Some(shape) = PromptShape::announced(container) => {
@@ -243,8 +247,8 @@ impl ModuleVisitor for Scanner {
             return;
         }
         if self.stack.in_packing() {
-            // The placeholder was visited just before; of its parts the one matrix is where an adapter sits.
-            if let (2, Some(site)) = (D, self.scan.sites.last_mut()) {
+            // The placeholder was visited just before; of its parts the one that is no vector is where an adapter sits.
+            if let (2.., Some(site)) = (D, self.scan.sites.last_mut()) {
                 site.id = param.id;
             }
             return;

@@ -9,6 +9,7 @@
 
 #[cfg(feature = "host")]
 mod native;
+mod packed;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ use burn::tensor::{Tensor, TensorData};
 use crate::backends::on_backends;
 use crate::formula::Float;
 use crate::record::{give, record};
+
+pub use packed::grouped_packed;
 
 /// Which expert each row goes through. It is known on the host, for the work is shared out by it.
 #[derive(Clone, Debug)]
@@ -56,6 +59,13 @@ impl Groups {
     /// How many rows each expert has.
     pub fn counts(&self) -> Vec<usize> {
         self.starts.windows(2).map(|ends| ends[1] - ends[0]).collect()
+    }
+
+    /// The place of each row in the order.
+    fn back(&self) -> Vec<usize> {
+        let mut places = vec![0; self.order.len()];
+        self.order.iter().enumerate().for_each(|(place, row)| places[*row] = place);
+        places
     }
 
     /// The experts that have rows, and where those are in the order.
@@ -183,9 +193,7 @@ mod plain {
             let weight = if side == Side::Out { weight.swap(0, 1) } else { weight };
             x.clone().narrow(0, range).times_frozen(weight).0
         });
-        let mut places = vec![0; groups.order.len()];
-        groups.order.iter().enumerate().for_each(|(place, row)| places[*row] = place);
-        select::<B>(B::float_cat(parts.collect(), 0), &places)
+        select::<B>(B::float_cat(parts.collect(), 0), &groups.back())
     }
 
     pub(super) fn grouped_weights<B: Backend>(

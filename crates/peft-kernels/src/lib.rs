@@ -41,7 +41,7 @@ pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
 pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use experts::{ExpertOps, low_rank_experts};
-pub use grouped::{GroupedOps, Groups, Side, grouped_linear};
+pub use grouped::{GroupedOps, Groups, Side, grouped_linear, grouped_packed};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
 pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};

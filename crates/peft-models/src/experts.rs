@@ -8,7 +8,7 @@
 //! each, groups by their best two, and weights are `p` alone. DeepSeek-AI 2024, arXiv:2405.04434, section 2.2.2, and arXiv:2412.19437, section 2.1.2.
 //!
 //! The experts are chosen on the host, by one small transfer a block, and only those that have tokens cost anything. Their weights are the fused tensors of
-//! `transformers` 5, by its names, whatever a file holds: [`crate::stacked`]. They are never packed.
+//! `transformers` 5, by its names, whatever a file holds: [`crate::stacked`]. Packed, each expert is for itself.
 
 use burn::module::{Initializer, Module, Param};
 use burn::nn::Linear;

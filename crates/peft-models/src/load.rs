@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::weights::{TensorInfo, Weights};
 use crate::{Error, Result};
 
-/// In which form linear layers come into memory.
+/// In which form linear layers, those of experts too, come into memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Packing {
     /// Packed where the file holds them packed, with the file's own numbers.
@@ -120,13 +120,15 @@ fn fill<M: Module>(
     let devices: HashMap<ParamId, &Device> = sites.iter().map(|site| (site.id, &site.device)).collect();
     let packed = packed.collect::<Result<Vec<_>>>()?.into_iter();
     let packed = packed.map(|(id, data)| {
-        let matrix = PackedMatrix::new(data, devices[&id]);
-        (id, if precision == Precision::Bf16 { matrix.in_bf16() } else { matrix })
+        let matrix = |data| {
+            let matrix = PackedMatrix::new(data, devices[&id]);
+            if precision == Precision::Bf16 { matrix.in_bf16() } else { matrix }
+        };
+        (id, data.into_iter().map(matrix).collect())
     });
     let packed = packed.collect();
     let module = pack(module, packed)?;
-    let is_matrix =
-        |kind: LayerKind| kind.multiplies() || matches!(kind, LayerKind::GroupedLinear | LayerKind::Embedding);
+    let is_matrix = |kind: LayerKind| kind.packs() || kind == LayerKind::Embedding;
     // The choice of experts would hang on what is rounded.
     let matrices = sites.iter().filter(|site| is_matrix(site.kind) && !site.is_router());
     let matrices = matrices.map(|site| site.id).filter(|_| precision == Precision::Bf16).collect();
@@ -143,21 +145,24 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// The weight of `site` in its packed form, if it is to have one.
-    fn packed(&self, weights: &dyn Weights, site: &Site, packing: &Packing) -> Result<Option<PackedData>> {
-        if !site.kind.multiplies() || *packing == Packing::Dense {
+    /// The weight of `site` in its packed form, if it is to have one; of experts that of each.
+    fn packed(&self, weights: &dyn Weights, site: &Site, packing: &Packing) -> Result<Option<Vec<PackedData>>> {
+        if !site.kind.packs() || *packing == Packing::Dense {
             return Ok(None);
         }
-        let as_stored = matches!(packing, Packing::AsStored | Packing::Quantize(_));
+        let as_stored = site.experts.is_none() && matches!(packing, Packing::AsStored | Packing::Quantize(_));
         if let Some(stored) = if as_stored { weights.packed(self.info)? } else { None } {
-            return Ok(Some(stored));
+            return Ok(Some(vec![stored]));
         }
         let (Packing::Quantize(quantization) | Packing::Requantize(quantization)) = packing else { return Ok(None) };
         let Some(format) = quantization.format_of(site)? else { return Ok(None) };
         let values = weights.read(self.info)?;
-        // The rows of a linear layer are what its file holds; GPT-2's layers are stored the other way.
-        let rows = if self.transposed { values } else { transpose(&values, site.d_in, site.d_out) };
-        let packed = format.pack(&rows).and_then(|packed| packed.into_matrix([site.d_out, site.d_in]));
+        // The rows of a linear layer and of experts are what their files hold; GPT-2's layers are stored the other way.
+        let are_rows = self.transposed || site.experts.is_some();
+        let rows = if are_rows { values } else { transpose(&values, site.d_in, site.d_out) };
+        let shape = [site.d_out, site.d_in];
+        let matrices = rows.chunks(shape.iter().product()).map(|rows| format.pack(rows)?.into_matrix(shape));
+        let packed: std::result::Result<Vec<_>, peft_quant::Error> = matrices.collect();
         packed.map(Some).map_err(|e| Error::format(weights.path(), format!("{}: {e}", self.info.name)))
     }
 }

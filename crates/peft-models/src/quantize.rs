@@ -31,7 +31,7 @@ pub struct Summary {
     pub other_bytes: usize,
 }
 
-/// Writes the model of `files` into `dir` with linear layers packed as `quantization` says; all other tensors go over as they are, those of a GGUF file
+/// Writes the model of `files` into `dir` with linear layers packed as `quantization` says; all other tensors, those of experts too, go over as they are, those of a GGUF file
 /// in F16. Weights are read, packed and written a file at a time, on all cores. `on_tensor` hears of each tensor.
 ///
 /// # Errors
@@ -110,7 +110,8 @@ fn choose(files: &ModelFiles, quantization: &Quantization, device: &Device) -> R
     let mut namer = Namer::default();
     visit_params(&model, &mut namer);
     let mut chosen = HashMap::new();
-    for site in scan(&model).sites {
+    // `transformers` has no packed form of the weights of several experts in one tensor.
+    for site in scan(&model).sites.into_iter().filter(|site| site.experts.is_none()) {
         let Some(name) = namer.0.remove(&site.id) else { continue };
         let weights = files.origin.weights();
         let (Some(info), Some(format)) = (weights.find_parameter(&name), quantization.format_of(&site)?) else {

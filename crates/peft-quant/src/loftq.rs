@@ -58,6 +58,10 @@ pub fn loftq_model<T: Module>(
     let mut problems = Vec::new();
     for site in scan(&module).sites {
         let Some(rank) = rank_of(&site)? else { continue };
+        if site.experts.is_some() {
+            let what = "experts start as the adapter does, not from what packing loses; leave them out".to_owned();
+            problems.push(Problem::Other { path: site.path.clone(), what });
+        }
         if site.packed.is_some() {
             let what = "packed already, and what that has lost is not known; begin with the dense model".to_owned();
             problems.push(Problem::Other { path: site.path.clone(), what });

@@ -99,7 +99,7 @@ impl Quantization {
             };
             !name.is_empty() && site.path.match_indices(name.as_str()).any(|(at, _)| at_ends(at))
         };
-        if !site.kind.multiplies() || site.is_router() || self.skip.iter().any(skipped) {
+        if !site.kind.packs() || site.is_router() || self.skip.iter().any(skipped) {
             return Ok(None);
         }
         Ok(Some(*pattern_value("pattern", &self.pattern, &site.path)?.unwrap_or(&self.format)))
@@ -132,7 +132,7 @@ pub fn quantize<T: Module>(module: T, quantization: &Quantization) -> peft_core:
     quantize_with(module, quantization, |_, format, rows| format.pack(rows))
 }
 
-/// [`quantize`] with another way of packing a layer: `pack_layer` is given the layer, its format and its rows `[d_out, d_in]`.
+/// [`quantize`] with another way of packing a layer: `pack_layer` is given the layer, its format and its rows `[d_out, d_in]`; of several experts those of each.
 pub(crate) fn quantize_with<T: Module>(
     module: T,
     quantization: &Quantization,
@@ -156,7 +156,7 @@ pub(crate) fn quantize_with<T: Module>(
 struct Packer<F> {
     wanted: HashMap<ParamId, (Format, Site)>,
     pack_layer: F,
-    packed: HashMap<ParamId, PackedMatrix>,
+    packed: HashMap<ParamId, Vec<PackedMatrix>>,
     problems: Vec<Problem>,
 }
 
@@ -165,20 +165,24 @@ impl<F: FnMut(&Site, Format, &[f32]) -> Result<Packed, Error>> ParamVisitor for 
         let Some((format, site)) = self.wanted.get(&param.id) else { return };
         let shape = [site.d_out, site.d_in];
         let packed = rows(param.base()).and_then(|values| {
-            let packed = (self.pack_layer)(site, *format, &values).and_then(|packed| packed.into_matrix(shape));
-            packed.map_err(|e| e.to_string())
+            let matrix = |rows: &[f32]| -> Result<PackedMatrix, Error> {
+                let packed = (self.pack_layer)(site, *format, rows)?.into_matrix(shape)?;
+                Ok(PackedMatrix::new(packed, &site.device))
+            };
+            values.chunks(shape.iter().product()).map(matrix).collect::<Result<_, _>>().map_err(|e| e.to_string())
         });
         match packed {
-            Ok(packed) => drop(self.packed.insert(param.id, PackedMatrix::new(packed, &site.device))),
+            Ok(matrices) => drop(self.packed.insert(param.id, matrices)),
             Err(what) => self.problems.push(Problem::Other { path: site.path.clone(), what }),
         }
     }
 }
 
-/// The values of a weight that a layer holds as `[d_in, d_out]`, as they are packed: row-major `[d_out, d_in]`. `Err` says why the device does
-/// not hand them out.
+/// The values of a weight as they are packed: row-major `[d_out, d_in]`, while a layer holds them as `[d_in, d_out]`, and those of experts one after the other, as they are held. `Err` says
+/// why the device does not hand them out.
 pub(crate) fn rows<const D: usize>(weight: Tensor<D>) -> Result<Vec<f32>, String> {
-    let data = weight.swap_dims(0, 1).try_into_data().map_err(|e| format!("{e:?}"))?;
+    let weight = if D == 2 { weight.swap_dims(0, 1) } else { weight };
+    let data = weight.try_into_data().map_err(|e| format!("{e:?}"))?;
     Ok(data.iter::<f32>().collect())
 }
 

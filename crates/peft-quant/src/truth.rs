@@ -10,7 +10,6 @@ use burn::tensor::Tensor;
 use peft_core::{ParamVisitor, PathStack, Problem, scan, visit_params};
 use serde::Serialize;
 
-use crate::quantize::rows;
 use crate::{Format, Quantization};
 
 /// What packing does to one layer beside what merging did to it, as absolute differences of weights; made by [`merge_truth`].
@@ -73,10 +72,31 @@ pub fn merge_truth<T: Module>(base: &T, merged: &T, quantization: &Quantization)
     if problems.is_empty() { Ok(truths) } else { Err(peft_core::Error::Truth { problems }) }
 }
 
+/// A weight as the rows that are packed, of one layer or of each expert, `[experts, d_out, d_in]`; and the shape in which the model has it.
+struct Weight {
+    rows: Tensor<3>,
+    shape: Vec<usize>,
+}
+
+impl Weight {
+    fn of<const D: usize>(param: &Param<Tensor<D>>) -> Self {
+        let (weight, shape) = (param.base(), param.lazy_shape().to_vec());
+        let rows = match shape[..] {
+            [d_in, d_out] => weight.reshape([1, d_in, d_out]).swap_dims(1, 2),
+            _ => weight.reshape([0_i32, -1, shape.last().map_or(1, |last| *last as i32)]),
+        };
+        Self { rows, shape }
+    }
+
+    fn values(self) -> Result<Vec<f32>, String> {
+        Ok(self.rows.try_into_data().map_err(|e| format!("{e:?}"))?.iter::<f32>().collect())
+    }
+}
+
 /// The weights of a model that are to be judged. They share the model's storage.
 struct Weights {
     formats: HashMap<String, Format>,
-    weights: HashMap<String, Tensor<2>>,
+    weights: HashMap<String, Weight>,
 }
 
 impl Weights {
@@ -90,10 +110,8 @@ impl Weights {
 
 impl ParamVisitor for Weights {
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>) {
-        if let (2, Some((path, _))) = (D, self.layer(at)) {
-            let weight = param.base();
-            let shape = weight.shape();
-            self.weights.insert(path, weight.reshape::<2, _>(shape));
+        if let Some((path, _)) = self.layer(at) {
+            self.weights.insert(path, Weight::of(param));
         }
     }
 }
@@ -112,11 +130,11 @@ impl ParamVisitor for Judge {
             let what = "the merged model has no dense weight here".to_owned();
             return self.problems.push(Problem::Other { path, what });
         };
-        let (expected, found) = (param.lazy_shape().to_vec(), merged.shape().to_vec());
-        if expected != found {
-            return self.problems.push(Problem::Shape { name: path, expected, found });
+        let base = Weight::of(param);
+        if base.shape != merged.shape {
+            return self.problems.push(Problem::Shape { name: path, expected: base.shape, found: merged.shape });
         }
-        match truth(&path, format, param.base(), merged) {
+        match truth(&path, format, base, merged) {
             Ok(truth) => self.truths.extend(truth),
             Err(what) => self.problems.push(Problem::Other { path, what }),
         }
@@ -124,13 +142,9 @@ impl ParamVisitor for Judge {
 }
 
 /// `None` when the weights are equal; `Err` says why they cannot be compared.
-fn truth<const D: usize>(
-    path: &str,
-    format: Format,
-    base: Tensor<D>,
-    merged: Tensor<2>,
-) -> Result<Option<LayerTruth>, String> {
-    let (base, merged) = (rows(base)?, rows(merged)?);
+fn truth(path: &str, format: Format, base: Weight, merged: Weight) -> Result<Option<LayerTruth>, String> {
+    let [_, d_out, d_in] = base.rows.dims();
+    let (base, merged) = (base.values()?, merged.values()?);
     if base == merged {
         return Ok(None);
     }
@@ -138,7 +152,8 @@ fn truth<const D: usize>(
     if !mean_delta.is_finite() {
         return Err("the merged weight is not finite".to_owned());
     }
-    let unpacked = format.pack(&base).map_err(|e| e.to_string())?.unpack();
+    let pack = |rows: &[f32]| Ok(format.pack(rows).map_err(|e| e.to_string())?.unpack());
+    let unpacked = base.chunks(d_out * d_in).map(pack).collect::<Result<Vec<_>, String>>()?.concat();
     let (largest_error, mean_error) = distance(&base, &unpacked);
     Ok(Some(LayerTruth { path: path.to_owned(), largest_error, mean_error, largest_delta, mean_delta }))
 }

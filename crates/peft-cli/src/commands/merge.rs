@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use peft_core::scan;
+use peft_core::{Site, scan};
 
 use peft_models::config::Architecture;
 use peft_models::export::{Dtype, rewrite, save_model};
@@ -96,7 +96,9 @@ pub fn run(args: &Args, context: &Context) -> Result<()> {
         return Err(Error::refused(what, "use the adapter without merging: every command takes --adapter"));
     }
     let sites = scan(&model).sites.into_iter().filter(|site| site.packed.is_some());
-    let unpacked: BTreeSet<String> = sites.map(|site| format!("{}.weight", site.path)).collect();
+    // The weights of experts have the name of their layer.
+    let name = |site: Site| if site.experts.is_some() { site.path } else { format!("{}.weight", site.path) };
+    let unpacked: BTreeSet<String> = sites.map(name).collect();
     if args.into == Into::Unpacked && unpacked.is_empty() {
         let what = format!("--into unpacked: no weight of {} is packed", args.model);
         return Err(Error::usage(what, "--quantize with the type that the adapter was trained over"));

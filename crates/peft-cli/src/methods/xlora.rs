@@ -32,7 +32,8 @@ pub(super) fn xlora(settings: &Settings) -> Result<Classified> {
         let what = format!("--modules-to-save {name}: xlora trains nothing besides its classifier");
         return Err(Error::usage(what, "leave it out; of an encoder X-LoRA cannot train the head"));
     }
-    let experts: Vec<_> = settings.experts.iter().map(|dir| AdapterFile::<LoraConfig>::read(dir)).collect::<peft_core::Result<_>>()?;
+    let experts: Vec<_> =
+        settings.experts.iter().map(|dir| AdapterFile::<LoraConfig>::read(dir)).collect::<peft_core::Result<_>>()?;
     let method = XLoraConfig {
         layerwise_scalings: settings.layerwise_scalings,
         top_k_lora: settings.top_k,

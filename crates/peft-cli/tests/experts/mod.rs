@@ -38,6 +38,35 @@ fn experts_are_trained_used_and_merged() {
     assert!(deviation(&logits(&merged, None), &adapted) < 1e-4);
 }
 
+/// Frozen experts are packed, and what the adapter learned over them is merged into what is left of them.
+#[test]
+fn packed_experts_are_trained_over_and_merged() {
+    let shop = mixtral();
+    let (model, out, merged) = (shop.path("model"), shop.path("adapter"), shop.path("merged"));
+    let names = "experts.gate_up_proj,experts.down_proj";
+    let more = ["--target-parameters", names, "--rank", "2", "--steps", "20", "--quantize", "nf4"];
+    let mut args = shop.train("adapter", &more);
+    let at = args.iter().position(|arg| arg == "all-linear").unwrap();
+    args.drain(at - 1..=at);
+    let result = json_of(&strs(&args));
+    let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
+    assert!(loss(&result["after"]) < 0.7 * loss(&result["before"]), "{result}");
+    // Even of matrices that are hardly larger than their tables.
+    let (total, bytes) = (&result["parameters"]["total"], &result["parameters"]["total_bytes"]);
+    assert!(bytes.as_u64().unwrap() < 3 * total.as_u64().unwrap(), "{result}");
+    let adapted = ["logits", "--model", &model, "--adapter", &out, "--tokens", "3,4,5", "--quantize", "nf4"];
+    let values = |found: Value| -> Vec<f64> {
+        found["logits"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+    };
+    let expected = values(json_of(&adapted));
+    let into = ["--quantize", "nf4", "--into", "unpacked", "--out", &merged];
+    let report = json_of(&[&["merge", "--json", "--model", &model, "--adapter", &out][..], &into].concat());
+    let layers: Vec<&str> = report["truth"].as_array().unwrap().iter().map(|l| l["path"].as_str().unwrap()).collect();
+    assert_eq!(layers.iter().filter(|path| path.contains("mlp.experts.")).count(), 4, "{report}");
+    let found = values(json_of(&["logits", "--model", &merged, "--tokens", "3,4,5"]));
+    assert!(deviation(&found, &expected) < 1e-4, "{}", deviation(&found, &expected));
+}
+
 /// What a file of `transformers` 4 holds for each expert reaches the merged model, whose files have the names of that time as well.
 #[test]
 fn an_adapter_on_layers_of_each_expert_is_merged() {

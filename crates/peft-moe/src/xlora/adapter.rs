@@ -76,7 +76,8 @@ impl Activation for XLoraAdapter {
         let Some(gates) = self.gates(&x) else { return Some(y) };
         let (here, present): (Vec<i64>, Vec<&LoraAdapter>) =
             (0_i64..).zip(&self.experts).filter_map(|(number, expert)| Some((number, expert.as_ref()?))).unzip();
-        let gates = if here.len() == experts { gates } else { gates.select(1, Tensor::from_ints(&here[..], &x.device())) };
+        let gates =
+            if here.len() == experts { gates } else { gates.select(1, Tensor::from_ints(&here[..], &x.device())) };
         let dtype = y.dtype();
         Some(y + mix(&present, x, gates).cast(dtype))
     }

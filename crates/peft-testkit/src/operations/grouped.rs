@@ -1,9 +1,10 @@
 //! The linear layers of several experts.
 
 use burn::tensor::{DType, Device, Tensor};
-use peft_core::kernels::{Groups, grouped_linear};
+use peft_core::kernels::{Groups, PackedLayout, grouped_linear, grouped_packed};
 
-use super::{ALL, Input, Operation, compare, in_types};
+use super::packed::{Sample, Scales};
+use super::{ALL, Input, Operation, SINGLE, compare, in_types};
 use crate::Failure;
 use crate::state::{normal, worse};
 
@@ -25,7 +26,10 @@ pub(super) fn checks() -> Vec<Operation> {
         Ok(worse(UNEVEN.deviation(dtype, device)?, SINGLE_ROW.deviation(dtype, device)?))
     });
     let wide = in_types("grouped_linear wide", &[DType::F32], |dtype, device| WIDE.deviation(dtype, device));
-    [uneven, wide].into_iter().flatten().collect()
+    let packed = in_types("grouped_packed", SINGLE, |dtype, device| {
+        Ok(worse(UNEVEN.packed(dtype, device)?, SINGLE_ROW.packed(dtype, device)?))
+    });
+    [uneven, wide, packed].into_iter().flatten().collect()
 }
 
 impl Case {
@@ -45,6 +49,29 @@ impl Case {
             operation,
             |inputs| self.forward(inputs),
             |inputs, dy| self.backward(inputs, dy),
+        )
+    }
+
+    /// The same over weights that are packed, which have no gradient.
+    fn packed(&self, dtype: DType, device: &Device) -> Result<f64, Failure> {
+        let (expert_of, experts) = (self.expert_of(), self.counts.len());
+        let (rows, d_in, d_out) = (expert_of.len(), self.d_in, self.d_out);
+        let layout = PackedLayout { d_out, d_in, bits: 4, block: 32 };
+        // Of each expert another matrix: scales differ in kind.
+        let scales = [Scales::Nested, Scales::Plain, Scales::Affine].into_iter().cycle().take(experts);
+        let samples: Vec<Sample> = scales.map(|scales| Sample::new(layout, scales, device)).collect();
+        let dense: Vec<f64> = samples.iter().flat_map(|sample| sample.dense.iter().copied()).collect();
+        let weights: Vec<_> = samples.into_iter().map(|sample| sample.weight).collect();
+        compare(
+            &[Input::trained(normal(rows * d_in, 1.0, 1))],
+            dtype,
+            device,
+            |[x]| grouped_packed(x.reshape([rows, d_in]), &weights, &Groups::new(experts, &expert_of)),
+            |[x]| self.forward([x, &dense]),
+            |[x], dy| {
+                let [dx, _] = self.backward([x, &dense], dy);
+                [dx]
+            },
         )
     }
 

@@ -1,0 +1,33 @@
+//! The layers of experts whose weights are packed.
+
+use burn::tensor::{Int, Tensor, TensorData};
+
+use super::Groups;
+use crate::PackedMatrix;
+
+/// Each row of `x` through the packed layer of its expert: [`grouped_linear`](crate::grouped_linear) over weights `[d_out, d_in]` that stay packed. The matrix of an expert without rows is
+/// not read.
+///
+/// # Shapes
+/// `x`: `[rows, d_in]`; result `[rows, d_out]`
+///
+/// # Panics
+/// As [`PackedMatrix::linear`]; when there are no rows, or not as many matrices as experts.
+pub fn grouped_packed(x: Tensor<2>, weights: &[PackedMatrix], groups: &Groups) -> Tensor<2> {
+    let ([rows, _], experts) = (x.dims(), groups.starts.len() - 1);
+    assert!(
+        rows > 0 && rows == groups.order.len() && weights.len() == experts,
+        "grouped linear: an input {:?} and {} packed matrices for {} rows of {experts} experts",
+        x.dims(),
+        weights.len(),
+        groups.order.len()
+    );
+    let device = x.device();
+    let places = |rows: &[usize]| {
+        let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
+        Tensor::<1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &device)
+    };
+    let sorted = x.select(0, places(&groups.order));
+    let parts = groups.active().map(|(expert, range)| weights[expert].linear(sorted.clone().slice([range])));
+    Tensor::cat(parts.collect(), 0).select(0, places(&groups.back()))
+}
