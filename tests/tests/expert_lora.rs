@@ -12,7 +12,7 @@ use peft_core::{
 use peft_lora::{Combination, InitWeights, LoraConfig, combine};
 use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, Layout, ModelSource, Pretrained};
-use peft_quant::{Format, Quantization};
+use peft_quant::{Format, Quantization, loftq_model};
 
 use crate::golden::{BOUND, deviation, floats, ints, logits, testdata};
 
@@ -223,6 +223,18 @@ fn adapters_on_packed_experts_are_those_on_what_is_left() {
         let merged = deviation(&logits(&merge(adapted, &method).unwrap(), &golden), &expected);
         assert!(merged < 1e-5, "{path}, merged: {merged}");
     }
+}
+
+/// What packing loses is made up for in linear layers; experts are packed beside them, and their adapters start as always.
+#[test]
+fn loftq_leaves_experts_as_they_are() {
+    let targets = Targets::modules(["q_proj", "o_proj"]).with_parameters(BOTH);
+    let matcher = targets.matcher().unwrap();
+    let rank_of = |site: &peft_core::Site| Ok(matcher.matches(&site.path, Some(site.kind)).then_some(2));
+    let (packed, factors) = loftq_model(model("mixtral"), &Quantization::new(Format::NF4), 1, rank_of).unwrap();
+    assert!(scan(&packed).sites.iter().filter(|site| site.experts.is_some()).all(|site| site.packed.is_some()));
+    assert_eq!(factors.len(), 4);
+    assert!(factors.keys().all(|path| path.ends_with("_proj") && path.contains("self_attn")), "{:?}", factors.keys());
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::{ParamVisitor, PathStack, Peft as _, Targets, merge, scan, visit_params, with_auxiliary};
+use peft_core::kernels::PackedMatrix;
+use peft_core::{ParamVisitor, PathStack, Peft as _, Targets, merge, pack, scan, visit_params, with_auxiliary};
 use peft_lora::LoraConfig;
 use peft_models::checkpoint::Checkpoint;
 use peft_models::config::ModelConfig;
@@ -192,7 +193,19 @@ fn experts_are_packed_each_for_itself() {
         assert!(scan(&unpacked).sites.iter().all(|site| site.packed.is_none()), "{name}");
         let (found, expected) = (logits(&packed.model, &golden(name)), logits(&unpacked, &golden(name)));
         assert!(deviation(&found, &expected) < 1e-5, "{name}: {}", deviation(&found, &expected));
-        let again = peft_quant::quantize(dense, &quantization).unwrap();
+        let site = of_dense.first().unwrap();
+        let matrix = |shape: [usize; 2]| {
+            let values = Format::NF4.pack(&vec![0.5; shape.iter().product()]).unwrap();
+            PackedMatrix::new(values.into_matrix(shape).unwrap(), &Device::flex())
+        };
+        let refused = |matrices: Vec<PackedMatrix>, with: &str| {
+            let error = pack(dense.clone(), [(site.id, matrices)].into()).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(with), "{error}");
+        };
+        let count = site.experts.unwrap();
+        refused(vec![matrix([site.d_out, site.d_in])], &format!("expected {count} packed matrices, found 1"));
+        refused((0..count).map(|_| matrix([site.d_in, site.d_out])).collect(), "expected shape");
+        let again = peft_quant::quantize(dense.clone(), &quantization).unwrap();
         assert_eq!(logits(&again, &golden(name)), found, "{name}");
     }
 }

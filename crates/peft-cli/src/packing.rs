@@ -38,11 +38,11 @@ impl Type {
     }
 }
 
-/// In which form the linear layers of a model come into memory.
+/// In which form the linear layers and the experts of a model come into memory.
 #[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PackingArgs {
-    /// Pack linear layers while the model is read, to about 4 or 8 bits a value; layers that are stored packed stay as they are
+    /// Pack linear layers and experts while the model is read, to about 4 or 8 bits a value; layers that are stored packed stay as they are, experts are packed anew
     #[arg(long, value_enum, help_heading = "Packed weights", value_name = "TYPE")]
     pub quantize: Option<Type>,
     /// Values that share a scale

@@ -1,7 +1,7 @@
 //! The packed base: a property of the weight, whatever method adapts it.
 //!
 //! A packed weight keeps its place, its path and its adapter. The parameter holds a placeholder of one value and carries [`Quantized`]: the
-//! packed matrix, and a second placeholder that carries the adapter. So nothing that adapts a weight has to know of packing.
+//! packed matrix or that of each expert, and a second placeholder that carries the adapter. So nothing that adapts a weight has to know of packing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -119,7 +119,9 @@ pub fn pack<T: Module>(module: T, weights: HashMap<ParamId, Vec<PackedMatrix>>) 
         if site.packed.is_some() {
             problems.push(problem("the weight is packed already"));
         } else if !site.kind.packs() {
-            problems.push(problem("only the weights of linear layers can be packed: those that are multiplied by"));
+            problems.push(problem(
+                "only the weights of linear layers and of experts can be packed: those that are multiplied by",
+            ));
         } else if matrices.len() != count {
             problems.push(problem(&format!("expected {count} packed matrices, found {}", matrices.len())));
         } else if let Some(shape) = shapes.find(|shape| *shape != expected) {

@@ -16,7 +16,7 @@ pub trait ParamVisitor {
     /// Called for each float parameter.
     fn float<const D: usize>(&mut self, at: &PathStack, param: &Param<Tensor<D>>);
 
-    /// Called for each packed weight.
+    /// Called for each packed matrix: of experts for that of each.
     fn packed(&mut self, at: &PathStack, layout: PackedLayout) {
         let _ = (at, layout);
     }

@@ -56,8 +56,9 @@ pub fn join_factors(key: &str, experts: &[Values]) -> Option<Values> {
 /// `x`: `[rows, d_in]`; `gates`: `[rows, experts]`; result `[rows, d_out]`
 ///
 /// # Panics
-/// Without an expert, or when shapes do not fit.
+/// Without an expert, with one that has a gate of its own, or when shapes do not fit.
 pub fn mix(experts: &[&LoraAdapter], x: Tensor<2>, gates: Tensor<2>) -> Tensor<2> {
+    assert!(experts.iter().all(|expert| expert.gate.is_none()), "an expert with a gate of its own");
     let rank = experts.iter().map(|expert| expert.a.dims()[1]).max().expect("at least one expert");
     // What is missing up to the largest rank adds nothing.
     let filled = |factor: Tensor<2>, dim: usize| {
@@ -103,5 +104,37 @@ impl Experts<LoraAdapter> for LoraExperts {
         let y = self.bias.iter().fold(y, |y, bias| y + gates.clone().matmul(bias.val()) * self.scale);
         let d_out = y.dims()[1];
         y.reshape([batch, seq, d_out])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{DType, Device, Distribution};
+    use peft_core::{Method as _, Part as _, Targets, scan};
+    use peft_testkit::{Stack, difference, read};
+
+    use super::*;
+    use crate::{InitWeights, LoraConfig};
+
+    #[test]
+    fn adapters_that_were_trained_apart_are_mixed_as_one_by_one() {
+        let device = Device::flex();
+        let model = Stack::new(&device, DType::F32, true);
+        let site = scan(&model).sites.into_iter().find(|site| site.path == "up").unwrap();
+        let adapter = |rank: usize, alpha: f64, lora_bias: bool| {
+            let method = LoraConfig { lora_bias, ..LoraConfig::new(rank, Targets::modules(["up"])) };
+            method.with_alpha(alpha).with_init(InitWeights::Random).init(&site, rank as u64).unwrap()
+        };
+        let experts = [adapter(2, 3.0, true), adapter(5, 1.0, false), adapter(1, 4.0, true)];
+        let random = |shape| Tensor::<2>::random(shape, Distribution::Normal(0.0, 1.0), &device);
+        let (x, gates) = (random([7, site.d_in]), random([7, 3]));
+        // A gate that is shut.
+        let gates = gates.slice_assign([2..3, 1..2], Tensor::zeros([1, 1], &device));
+        let found = mix(&experts.iter().collect::<Vec<_>>(), x.clone(), gates.clone());
+        let each = experts.iter().enumerate().map(|(at, expert)| {
+            expert.update(x.clone().unsqueeze_dim(1)).squeeze_dim::<2>(1) * gates.clone().narrow(1, at, 1)
+        });
+        let expected = each.reduce(|sum, each| sum + each).unwrap();
+        assert!(difference(&read(found).unwrap(), &read(expected).unwrap()) < 1e-5);
     }
 }

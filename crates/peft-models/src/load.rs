@@ -16,12 +16,12 @@ use crate::{Error, Result};
 /// In which form linear layers, those of experts too, come into memory.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Packing {
-    /// Packed where the file holds them packed, with the file's own numbers.
+    /// Packed where the file holds them packed, with the file's own numbers; but for experts, which are unpacked while they are read.
     #[default]
     AsStored,
     /// Dense, all of them.
     Dense,
-    /// As stored where the file holds them packed; others are packed while they are read, so that the dense model never exists.
+    /// As stored where the file holds them packed, but for experts; others are packed while they are read, so that the dense model never exists.
     Quantize(Quantization),
     /// All packed while they are read; those that the file holds packed are unpacked first, and lose once more.
     Requantize(Quantization),
@@ -53,7 +53,7 @@ impl Precision {
 /// Puts `weights` into `module`: any Burn module whose paths are the names of `transformers`.
 ///
 /// `ignored` says which tensors of the source may go unused, for instance buffers. Linear layers are read and packed on all cores; besides the packed
-/// model, memory holds one dense tensor a core.
+/// model, memory holds one dense tensor a core, or one with all experts of a block.
 ///
 /// # Errors
 /// [`Error::Weights`] with every missing, unknown and misshapen tensor; or the first that cannot be read.
@@ -113,13 +113,16 @@ fn fill<M: Module>(
     precision: Precision,
 ) -> Result<M> {
     let sites = scan(&module).sites;
-    let packable = sites.par_iter().filter_map(|site| Some((site, sources.get(&site.id)?)));
-    let packed = packable.filter_map(|(site, source)| {
-        Some(source.packed(weights, site, packing).transpose()?.map(|data| (site.id, data)))
-    });
+    let packed = |site: &Site| {
+        let packed = sources.get(&site.id)?.packed(weights, site, packing).transpose()?;
+        Some(packed.map(|data| (site.id, data)))
+    };
     let devices: HashMap<ParamId, &Device> = sites.iter().map(|site| (site.id, &site.device)).collect();
-    let packed = packed.collect::<Result<Vec<_>>>()?.into_iter();
-    let packed = packed.map(|(id, data)| {
+    // The weights of all experts of a block are large: one at a time, which is packed on all cores by itself.
+    let (experts, layers): (Vec<&Site>, Vec<&Site>) = sites.iter().partition(|site| site.experts.is_some());
+    let mut all = layers.into_par_iter().filter_map(packed).collect::<Result<Vec<_>>>()?;
+    all.extend(experts.into_iter().filter_map(packed).collect::<Result<Vec<_>>>()?);
+    let packed = all.into_iter().map(|(id, data)| {
         let matrix = |data| {
             let matrix = PackedMatrix::new(data, devices[&id]);
             if precision == Precision::Bf16 { matrix.in_bf16() } else { matrix }
@@ -161,7 +164,7 @@ impl Source<'_> {
         let are_rows = self.transposed || site.experts.is_some();
         let rows = if are_rows { values } else { transpose(&values, site.d_in, site.d_out) };
         let shape = [site.d_out, site.d_in];
-        let matrices = rows.chunks(shape.iter().product()).map(|rows| format.pack(rows)?.into_matrix(shape));
+        let matrices = rows.chunks((site.d_out * site.d_in).max(1)).map(|rows| format.pack(rows)?.into_matrix(shape));
         let packed: std::result::Result<Vec<_>, peft_quant::Error> = matrices.collect();
         packed.map(Some).map_err(|e| Error::format(weights.path(), format!("{}: {e}", self.info.name)))
     }

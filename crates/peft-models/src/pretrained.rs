@@ -177,7 +177,7 @@ impl Pretrained {
         Self::load_with(source, &Packing::AsStored, Precision::F32, device)
     }
 
-    /// [`load`](Self::load) with linear layers in the form that `packing` says, and what is dense in `precision`.
+    /// [`load`](Self::load) with linear layers and experts in the form that `packing` says, and what is dense in `precision`.
     ///
     /// # Errors
     /// As [`load`](Self::load); and when a weight cannot be packed, or the device does not have the precision.

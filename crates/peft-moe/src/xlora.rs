@@ -158,6 +158,9 @@ impl Method for XLoraConfig {
                 return Err(Error::config(field, "at least 1", 0));
             }
         }
+        if self.experts.iter().any(|expert| expert.use_gating) {
+            return Err(Error::config("use_gating", "false: the classifier opens gates", true));
+        }
         if !(0.0..1.0).contains(&self.xlora_dropout_p) {
             return Err(Error::config("xlora_dropout_p", "a probability in 0..1", self.xlora_dropout_p));
         }

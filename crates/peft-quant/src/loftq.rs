@@ -44,7 +44,7 @@ pub struct LoftQ {
 pub type Factors = BTreeMap<String, (Vec<f32>, Vec<f32>)>;
 
 /// Packs the linear layers of a model in memory, those that get an adapter of the rank that `rank_of` gives by [`loftq`]; and gives the factors that
-/// these adapters start from.
+/// these adapters start from. Experts are packed as always.
 ///
 /// # Errors
 /// As [`quantize`](crate::quantize) and [`loftq`]; or what `rank_of` refuses.
@@ -57,11 +57,8 @@ pub fn loftq_model<T: Module>(
     let mut ranks = HashMap::new();
     let mut problems = Vec::new();
     for site in scan(&module).sites {
-        let Some(rank) = rank_of(&site)? else { continue };
-        if site.experts.is_some() {
-            let what = "experts start as the adapter does, not from what packing loses; leave them out".to_owned();
-            problems.push(Problem::Other { path: site.path.clone(), what });
-        }
+        // Those of experts are packed, and their adapters start as they always do.
+        let Some(rank) = rank_of(&site)?.filter(|_| site.experts.is_none()) else { continue };
         if site.packed.is_some() {
             let what = "packed already, and what that has lost is not known; begin with the dense model".to_owned();
             problems.push(Problem::Other { path: site.path.clone(), what });

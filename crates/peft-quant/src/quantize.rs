@@ -64,7 +64,7 @@ impl fmt::Display for Format {
     }
 }
 
-/// Which linear layers of a model are packed, and how. Embeddings and norms never are: they are not multiplied by.
+/// Which linear layers of a model are packed, those of experts too, and how. Embeddings and norms never are: they are not multiplied by.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Quantization {
     /// The format of all layers that nothing else is said of.
@@ -82,7 +82,7 @@ impl Default for Quantization {
 }
 
 impl Quantization {
-    /// All linear layers but the output head, `lm_head`, in that format.
+    /// All linear layers and experts but the output head, `lm_head`, in that format.
     pub fn new(format: Format) -> Self {
         Self { format, skip: vec!["lm_head".to_owned()], pattern: IndexMap::new() }
     }
@@ -106,7 +106,7 @@ impl Quantization {
     }
 }
 
-/// Packs the linear layers of a model in memory.
+/// Packs the linear layers of a model in memory, and its experts.
 ///
 /// ```
 /// use burn::{nn::{Linear, LinearConfig}, tensor::{Device, Tensor}};
@@ -169,7 +169,11 @@ impl<F: FnMut(&Site, Format, &[f32]) -> Result<Packed, Error>> ParamVisitor for 
                 let packed = (self.pack_layer)(site, *format, rows)?.into_matrix(shape)?;
                 Ok(PackedMatrix::new(packed, &site.device))
             };
-            values.chunks(shape.iter().product()).map(matrix).collect::<Result<_, _>>().map_err(|e| e.to_string())
+            values
+                .chunks((site.d_out * site.d_in).max(1))
+                .map(matrix)
+                .collect::<Result<_, _>>()
+                .map_err(|e| e.to_string())
         });
         match packed {
             Ok(matrices) => drop(self.packed.insert(param.id, matrices)),

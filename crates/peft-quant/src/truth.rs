@@ -10,6 +10,7 @@ use burn::tensor::Tensor;
 use peft_core::{ParamVisitor, PathStack, Problem, scan, visit_params};
 use serde::Serialize;
 
+use crate::quantize::rows;
 use crate::{Format, Quantization};
 
 /// What packing does to one layer beside what merging did to it, as absolute differences of weights; made by [`merge_truth`].
@@ -72,24 +73,16 @@ pub fn merge_truth<T: Module>(base: &T, merged: &T, quantization: &Quantization)
     if problems.is_empty() { Ok(truths) } else { Err(peft_core::Error::Truth { problems }) }
 }
 
-/// A weight as the rows that are packed, of one layer or of each expert, `[experts, d_out, d_in]`; and the shape in which the model has it.
+/// A weight: its shape, and what reads its values as they are packed.
 struct Weight {
-    rows: Tensor<3>,
     shape: Vec<usize>,
+    rows: Box<dyn FnOnce() -> Result<Vec<f32>, String>>,
 }
 
 impl Weight {
     fn of<const D: usize>(param: &Param<Tensor<D>>) -> Self {
-        let (weight, shape) = (param.base(), param.lazy_shape().to_vec());
-        let rows = match shape[..] {
-            [d_in, d_out] => weight.reshape([1, d_in, d_out]).swap_dims(1, 2),
-            _ => weight.reshape([0_i32, -1, shape.last().map_or(1, |last| *last as i32)]),
-        };
-        Self { rows, shape }
-    }
-
-    fn values(self) -> Result<Vec<f32>, String> {
-        Ok(self.rows.try_into_data().map_err(|e| format!("{e:?}"))?.iter::<f32>().collect())
+        let weight = param.base();
+        Self { shape: param.lazy_shape().to_vec(), rows: Box::new(|| rows(weight)) }
     }
 }
 
@@ -143,8 +136,8 @@ impl ParamVisitor for Judge {
 
 /// `None` when the weights are equal; `Err` says why they cannot be compared.
 fn truth(path: &str, format: Format, base: Weight, merged: Weight) -> Result<Option<LayerTruth>, String> {
-    let [_, d_out, d_in] = base.rows.dims();
-    let (base, merged) = (base.values()?, merged.values()?);
+    let matrix: usize = base.shape.iter().rev().take(2).product();
+    let (base, merged) = ((base.rows)()?, (merged.rows)()?);
     if base == merged {
         return Ok(None);
     }
@@ -152,9 +145,12 @@ fn truth(path: &str, format: Format, base: Weight, merged: Weight) -> Result<Opt
     if !mean_delta.is_finite() {
         return Err("the merged weight is not finite".to_owned());
     }
-    let pack = |rows: &[f32]| Ok(format.pack(rows).map_err(|e| e.to_string())?.unpack());
-    let unpacked = base.chunks(d_out * d_in).map(pack).collect::<Result<Vec<_>, String>>()?.concat();
-    let (largest_error, mean_error) = distance(&base, &unpacked);
+    let (mut largest_error, mut mean_error) = (0.0_f32, 0.0);
+    for rows in base.chunks(matrix) {
+        let (largest, mean) = distance(rows, &format.pack(rows).map_err(|e| e.to_string())?.unpack());
+        largest_error = largest_error.max(largest);
+        mean_error += mean * matrix as f32 / base.len() as f32;
+    }
     Ok(Some(LayerTruth { path: path.to_owned(), largest_error, mean_error, largest_delta, mean_delta }))
 }
 

@@ -17,7 +17,7 @@ use crate::objective::scalar;
 /// AdamW with PyTorch's defaults, β = (0.9, 0.999) and ε = 1e-8, over the parameters of a module that have gradients.
 ///
 /// Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. One pass over each parameter and its moments, in place where nobody else has them;
-/// moments go by the parameter's path, so that they fit a module that another process makes.
+/// moments go by the parameter's path.
 ///
 /// ```
 /// use burn::nn::LinearConfig;

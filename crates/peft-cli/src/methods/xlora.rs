@@ -1,7 +1,7 @@
 //! X-LoRA as the settings of `peft train` ask for it.
 
 use burn::module::Module;
-use peft_core::{AdapterFile, LayerKind, Targets, scan};
+use peft_core::{AdapterFile, LayerKind, Method as _, Targets, scan};
 use peft_lora::LoraConfig;
 use peft_models::ModelFiles;
 use peft_moe::XLoraConfig;
@@ -12,7 +12,7 @@ use super::{Adaptation, Adapts};
 use crate::settings::{Init, Settings};
 use crate::{Error, Result};
 
-/// Trained experts, and the classifier before it has seen the model.
+/// Trained experts, and the classifier before it has seen the model and them.
 pub(super) struct Classified {
     method: XLoraConfig,
     experts: Vec<AdapterFile<LoraConfig>>,
@@ -23,23 +23,26 @@ pub(super) fn xlora(settings: &Settings) -> Result<Classified> {
     only(settings, "xlora", &["experts", "layerwise-scalings", "top-k"])?;
     refuse_targets(settings, "xlora")?;
     initial(settings, "xlora", &[(Init::Kaiming, ())])?;
-    let example = "--experts law --experts code: a folder of LoRA for each";
-    if settings.experts.is_empty() {
+    let count = settings.experts.len();
+    if count == 0 {
+        let example = "--experts law --experts code: a folder of LoRA for each";
         return Err(Error::usage("--method xlora: --experts is missing", example));
     }
-    // The model's head, which an encoder's classifier would need, is trained with an adapter's file that says so; X-LoRA's cannot.
-    if let Some(name) = settings.modules_to_save.first() {
-        let what = format!("--modules-to-save {name}: xlora trains nothing besides its classifier");
-        return Err(Error::usage(what, "leave it out; of an encoder X-LoRA cannot train the head"));
+    if let Some(k) = settings.top_k.filter(|k| *k > count) {
+        return Err(Error::usage(format!("--top-k {k}: there are {count} --experts"), format!("--top-k {count}")));
     }
-    let experts: Vec<_> =
-        settings.experts.iter().map(|dir| AdapterFile::<LoraConfig>::read(dir)).collect::<peft_core::Result<_>>()?;
+    // Of an encoder the head is one of these.
+    if let Some(name) = settings.modules_to_save.first() {
+        let what = format!("xlora trains its own classifier and nothing besides, here {name}");
+        return Err(Error::usage(what, "a language model, and no --modules-to-save"));
+    }
     let method = XLoraConfig {
         layerwise_scalings: settings.layerwise_scalings,
         top_k_lora: settings.top_k,
-        experts: experts.iter().map(|expert| expert.method.clone()).collect(),
         ..XLoraConfig::default()
     };
+    method.check()?;
+    let experts = settings.experts.iter().map(|dir| AdapterFile::read(dir)).collect::<peft_core::Result<_>>()?;
     Ok(Classified { method, experts })
 }
 
@@ -55,13 +58,13 @@ impl Classified {
 
 impl<T: Module> Adapts<T> for Classified {
     fn attach(&self, model: T, _files: &ModelFiles, seed: u64) -> Result<T> {
-        let method = XLoraConfig { experts: Vec::new(), ..self.on(&model) };
-        let (adapted, _) = method.attach_experts(model, self.experts.clone(), seed)?;
+        let (adapted, _) = self.on(&model).attach_experts(model, self.experts.clone(), seed)?;
         Ok(adapted)
     }
 
     fn trained(&self, model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
-        Ok(Box::new(AdapterOf::on(self.on(model), files)?))
+        let experts = self.experts.iter().map(|expert| expert.method.clone()).collect();
+        Ok(Box::new(AdapterOf::on(XLoraConfig { experts, ..self.on(model) }, files)?))
     }
 }
 

@@ -183,6 +183,9 @@ fn a_classifier_of_trained_adapters_is_trained() {
     kept("1", &code);
     let used = ["eval", "--json", "--model", &model, "--adapter", &out, "--data", &second, "--set", "name=Ada"];
     assert!(loss(&json_of(&used)) < loss(&result["before"]));
+    let more = json_of(&["train", "--json", "--out", &out, "--resume", "--steps", "40"]);
+    assert_eq!((&more["outcome"], &more["steps"]), (&json!("finished"), &json!(40)), "{more}");
+    kept("1", &code);
     let (status, message) = refused(&["merge", "--model", &model, "--adapter", &out, "--out", &shop.path("merged")]);
     assert!(status == 1 && message.contains("a classifier says token by token"), "{message}");
 
@@ -190,7 +193,8 @@ fn a_classifier_of_trained_adapters_is_trained() {
     let refusals = [
         (none, "--experts is missing"),
         (train("refused", &["--experts", &model]), "adapter_config.json"),
-        (train("refused", &["--top-k", "3"]), "adapters"),
+        (train("refused", &["--top-k", "3"]), "--top-k 3: there are 2 --experts"),
+        (train("refused", &["--modules-to-save", "lm_head"]), "its own classifier and nothing besides, here lm_head"),
         (shop.train("refused", &experts), "--targets"),
         (train("refused", &["--rank", "2"]), "--rank: xlora has no such setting"),
     ];

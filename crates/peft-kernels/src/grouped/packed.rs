@@ -27,7 +27,18 @@ pub fn grouped_packed(x: Tensor<2>, weights: &[PackedMatrix], groups: &Groups) -
         let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
         Tensor::<1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &device)
     };
-    let sorted = x.select(0, places(&groups.order));
-    let parts = groups.active().map(|(expert, range)| weights[expert].linear(sorted.clone().slice([range])));
-    Tensor::cat(parts.collect(), 0).select(0, places(&groups.back()))
+    let active: Vec<(usize, usize)> = groups.active().map(|(expert, range)| (expert, range.len())).collect();
+    through(x.select(0, places(&groups.order)), weights, &active).select(0, places(&groups.back()))
+}
+
+/// Rows by expert, so many for each, through their layers. In halves: the gradient of a part of a tensor takes the room of the whole, so that taking each expert's rows out of all
+/// would cost `experts · rows`, and this costs `log(experts) · rows`.
+fn through(x: Tensor<2>, weights: &[PackedMatrix], active: &[(usize, usize)]) -> Tensor<2> {
+    if let [(expert, _)] = active {
+        return weights[*expert].linear(x);
+    }
+    let (first, second) = active.split_at(active.len() / 2);
+    let count: usize = first.iter().map(|(_, rows)| rows).sum();
+    let halves = [(x.clone().slice([..count]), first), (x.slice([count..]), second)];
+    Tensor::cat(halves.map(|(x, active)| through(x, weights, active)).into(), 0)
 }

@@ -38,9 +38,6 @@ impl XLoraConfig {
         tensors: &mut BTreeMap<String, Values>,
     ) -> Result<()> {
         let number = self.experts.len();
-        if expert.method.use_gating {
-            return Err(Error::config("use_gating", "false: the classifier opens gates", true));
-        }
         if let Some(base) = &expert.base_fingerprint {
             return Err(Error::config(
                 "adapters",

@@ -239,6 +239,9 @@ fn what_does_not_fit_is_refused() {
     let extra = whole[0].tensors.values().next().unwrap().clone();
     whole[0].tensors.insert("down.weight".to_owned(), extra);
     refused(config(), whole, "down.weight");
+    let mut gated = experts();
+    gated[1].method.use_gating = true;
+    refused(config(), gated, "use_gating");
     // A model without the place.
     let method = LoraConfig::new(2, Targets::modules(["proj"]));
     let expert = file(&crate::mixtures::random(&method), &method);

@@ -32,6 +32,12 @@ struct Arguments {
     /// Print one JSON object per check, as soon as it is known
     #[arg(long)]
     json: bool,
+    /// Leave out the laws of methods that differ from others in how they choose alone: a driver in software would compile kernels for minutes to see that
+    #[arg(long)]
+    brief: bool,
+    /// Only the operations, models and methods with this in their names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
 }
 
 /// A backend of Burn.
@@ -96,15 +102,17 @@ fn main() -> ExitCode {
     let slow =
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
-    let runner = Runner { device: &device, fuses: !cpu, slow, report: &report };
+    let (brief, only) = (arguments.brief, arguments.only.as_str());
+    let runner = Runner { device: &device, fuses: !cpu, brief, only, slow, report: &report };
     let mut checks = runner.methods();
     // Drivers may have f64 and yet no exponential of it.
-    for (name, check) in operations().into_iter().filter(|(name, _)| cpu || !name.ends_with("f64")) {
+    let wanted = |name: &String| name.contains(only) && (cpu || !name.ends_with("f64"));
+    for (name, check) in operations().into_iter().filter(|(name, _)| wanted(name)) {
         let check = Check::run(name, || check(&device));
         report(&check);
         checks.push(check);
     }
-    for (name, check) in models::checks() {
+    for (name, check) in models::checks().into_iter().filter(|(name, _)| name.contains(only)) {
         let check = match slow {
             Some(reason) => Check::skip(name, reason),
             None => Check::run(name, || check(&device)),
@@ -123,6 +131,10 @@ struct Runner<'a> {
     device: &'a Device,
     /// Whether operations are fused into kernels.
     fuses: bool,
+    /// Whether laws are left out that tell what others tell.
+    brief: bool,
+    /// What the names of those that are looked at have in them.
+    only: &'a str,
     /// Why whole models are left out.
     slow: Option<&'a str>,
     report: &'a dyn Fn(&Check),
@@ -155,8 +167,7 @@ impl Runner<'_> {
         let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
         checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
         checks.extend(self.laws("pill", mixture::pill()));
-        // Tasks choose among what the others compute; a driver in software would compile kernels for minutes to see that.
-        if !self.fuses {
+        if !self.brief {
             checks.extend(self.laws("multitask", prompt::multitask()));
             let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
             let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
@@ -173,6 +184,9 @@ impl Runner<'_> {
 
     /// The laws of one method, whose name comes before theirs.
     fn laws<M: Method>(&self, method: &str, mut laws: Laws<M>) -> Vec<Check> {
+        if !method.contains(self.only) {
+            return Vec::new();
+        }
         if self.fuses {
             laws = laws.fused();
         }
