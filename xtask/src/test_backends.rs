@@ -217,11 +217,7 @@ fn run_backend(
             });
         }
     };
-    command.args(["--device", &backend.name(), "--json"]);
-    if !environment.is_empty() {
-        command.arg("--brief");
-    }
-    command.envs(environment);
+    command.args(["--device", &backend.name(), "--json"]).envs(environment);
     if no_fusion {
         command.env("BURN_FUSION_MAX_EXPLORATIONS", "0");
     }

@@ -32,9 +32,6 @@ struct Arguments {
     /// Print one JSON object per check, as soon as it is known
     #[arg(long)]
     json: bool,
-    /// Leave out the laws of methods that differ from others in how they choose alone: a driver in software would compile kernels for minutes to see that
-    #[arg(long)]
-    brief: bool,
     /// Only the operations, models and methods with this in their names
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -102,8 +99,8 @@ fn main() -> ExitCode {
     let slow =
         (arguments.device == Name::Cpu).then_some("the backend compiles the kernels of a whole model for minutes");
     let cpu = matches!(arguments.device, Name::Flex | Name::Ndarray);
-    let (brief, only) = (arguments.brief, arguments.only.as_str());
-    let runner = Runner { device: &device, fuses: !cpu, brief, only, slow, report: &report };
+    let only = arguments.only.as_str();
+    let runner = Runner { device: &device, fuses: !cpu, only, slow, report: &report };
     let mut checks = runner.methods();
     // Drivers may have f64 and yet no exponential of it.
     let wanted = |name: &String| name.contains(only) && (cpu || !name.ends_with("f64"));
@@ -131,8 +128,6 @@ struct Runner<'a> {
     device: &'a Device,
     /// Whether operations are fused into kernels.
     fuses: bool,
-    /// Whether laws are left out that tell what others tell.
-    brief: bool,
     /// What the names of those that are looked at have in them.
     only: &'a str,
     /// Why whole models are left out.
@@ -167,17 +162,15 @@ impl Runner<'_> {
         let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
         checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
         checks.extend(self.laws("pill", mixture::pill()));
-        if !self.brief {
-            checks.extend(self.laws("multitask", prompt::multitask()));
-            let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
-            let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
-            checks.extend(self.laws("mixlora", mixture::mixlora_laws()));
-            checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
-            checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
-            for apart in [false, true] {
-                let name = if apart { "pill without gates" } else { "pill with one expert" };
-                checks.extend(self.laws(name, mixture::pill_without_gate(apart)));
-            }
+        checks.extend(self.laws("multitask", prompt::multitask()));
+        let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
+        let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
+        checks.extend(self.laws("mixlora", mixture::mixlora_laws()));
+        checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
+        checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
+        for apart in [false, true] {
+            let name = if apart { "pill without gates" } else { "pill with one expert" };
+            checks.extend(self.laws(name, mixture::pill_without_gate(apart)));
         }
         checks
     }
