@@ -69,17 +69,17 @@ impl Balance {
     }
 }
 
-/// The part of the rows that went through each expert, `[experts]`, of all that went through any.
-pub(crate) fn load(routing: &Routing) -> Tensor<1> {
-    let [_, experts] = routing.chosen.dims();
-    let chosen = routing.chosen.clone().detach().mean_dim(0); // [1, experts]
+/// The part of the rows that went through each expert, `[experts]`, of all that went through any, by [`Routing::chosen`].
+pub(crate) fn load(chosen: &Tensor<2>) -> Tensor<1> {
+    let [_, experts] = chosen.dims();
+    let chosen = chosen.clone().detach().mean_dim(0); // [1, experts]
     let sum = chosen.clone().sum_dim(1);
     (chosen / sum).reshape([experts])
 }
 
 /// Mean entropy of the probabilities, `[1]`.
-pub(crate) fn entropy(routing: &Routing) -> Tensor<1> {
-    let p = routing.probabilities.clone().detach();
+pub(crate) fn entropy(probabilities: &Tensor<2>) -> Tensor<1> {
+    let p = probabilities.clone().detach();
     -(p.clone() * p.clamp_min(1e-9).log()).sum_dim(1).mean()
 }
 

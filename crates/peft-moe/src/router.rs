@@ -188,9 +188,9 @@ impl Router {
         let [batch, seq, _] = x.dims();
         let routing = self.decide(x);
         say_auxiliary(|| {
-            let load = load(&routing);
+            let load = load(&routing.chosen);
             let loss = self.balance.loss(&routing, &load, [batch, seq]);
-            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing) }
+            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing.probabilities) }
         });
         routing
     }

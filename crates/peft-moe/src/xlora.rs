@@ -226,9 +226,10 @@ impl Method for XLoraConfig {
             first: self.scaling_pass_value,
         };
         let adapter = |(layer, site): (usize, &&Site)| -> Result<XLoraAdapter> {
+            let path = site.path.clone();
             if site.kind == LayerKind::Prompts {
                 let classifier = Classifier::new(self, site, layers, &mut site.rng(seed));
-                return Ok(XLoraAdapter { classifier: Some(classifier), experts: Vec::new(), layer, mix });
+                return Ok(XLoraAdapter { classifier: Some(classifier), experts: Vec::new(), layer, path, mix });
             }
             let expert = |(number, expert): (usize, &LoraConfig)| -> Result<Option<LoraAdapter>> {
                 let here =
@@ -236,7 +237,7 @@ impl Method for XLoraConfig {
                 Ok(here.map(|expert| if self.use_trainable_adapters { expert } else { expert.no_grad() }))
             };
             let experts = self.experts.iter().enumerate().map(expert).collect::<Result<_>>()?;
-            Ok(XLoraAdapter { classifier: None, experts, layer, mix })
+            Ok(XLoraAdapter { classifier: None, experts, layer, path, mix })
         };
         sites.iter().enumerate().map(adapter).collect()
     }

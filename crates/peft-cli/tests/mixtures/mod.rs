@@ -175,6 +175,14 @@ fn a_classifier_of_trained_adapters_is_trained() {
     assert!(loss(&result["after"]) < loss(&result["before"]), "{result}");
     // Two experts for each of 14 layers, from hidden states of 32.
     assert_eq!(result["parameters"]["trainable"], json!((32 + 1) * 2 * 14), "{result}");
+    let picture = fs::read_to_string(format!("{out}/experts.svg")).unwrap();
+    assert!(picture.contains("percent of the rows"), "{picture}");
+    let metrics = fs::read_to_string(format!("{out}/metrics.jsonl")).unwrap();
+    let said: Value =
+        serde_json::from_str(metrics.lines().rfind(|line| line.contains("\"experts\"")).unwrap()).unwrap();
+    let load = said["load"].as_object().unwrap();
+    assert_eq!(load.len(), 14, "{said}");
+    assert!(load.keys().any(|path| path.ends_with("layers.1.mlp.down_proj")), "{said}");
     let kept = |folder: &str, expert: &str| {
         let values = |path: String| fs::read(format!("{path}/adapter_model.safetensors")).unwrap();
         assert_eq!(values(format!("{out}/{folder}")), values(expert.to_owned()), "expert {folder} was changed");

@@ -3,11 +3,12 @@
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use burn::tensor::activation::softmax;
-use peft_core::{Activation, Base};
+use peft_core::{Activation, Auxiliary, Base, say_auxiliary};
 use peft_lora::{LoraAdapter, mix};
 
 use super::classifier::Classifier;
 use super::scalings::{Scalings, scalings, with_scalings};
+use crate::balance::{entropy, load};
 use crate::router::best;
 
 /// State of [`XLoraConfig`](super::XLoraConfig) at one place: the classifier at that of prompts, experts in a layer.
@@ -19,6 +20,8 @@ pub struct XLoraAdapter {
     /// The number of the layer among those that are adapted.
     #[module(skip)]
     pub(super) layer: usize,
+    #[module(skip)]
+    pub(super) path: String,
     #[module(skip)]
     pub(super) mix: Mix,
 }
@@ -46,7 +49,12 @@ impl XLoraAdapter {
             Scalings::Each(all) => {
                 let [batch, seq, layers, _] = all.dims();
                 assert_eq!(batch * seq, rows, "scalings of {batch} x {seq} tokens for a layer with another number");
-                all.narrow(2, self.layer.min(layers - 1), 1).reshape([rows, experts])
+                let own = all.narrow(2, self.layer.min(layers - 1), 1).reshape([rows, experts]);
+                // Where all layers have the same, the first speaks for all.
+                if layers > 1 || self.layer == 0 {
+                    say_auxiliary(|| self.said(&own, if layers > 1 { &self.path } else { "classifier" }));
+                }
+                own
             }
         };
         if let Some(k) = self.mix.top_k {
@@ -58,6 +66,15 @@ impl XLoraAdapter {
             scalings = softmax(open, 1).mask_fill(shut, 0.0);
         }
         Some(scalings * self.mix.weight)
+    }
+
+    /// What the classifier did with the rows of these scalings, `[rows, experts]`.
+    fn said(&self, scalings: &Tensor<2>, path: &str) -> Auxiliary {
+        let chosen = best(scalings, self.mix.top_k.unwrap_or(1));
+        // Without a softmax they may have signs, and another sum than one.
+        let size = scalings.clone().detach().abs();
+        let parts = size.clone() / size.sum_dim(1).clamp_min(f32::MIN_POSITIVE);
+        Auxiliary { path: path.to_owned(), loss: None, load: load(&chosen), entropy: entropy(&parts) }
     }
 }
 
