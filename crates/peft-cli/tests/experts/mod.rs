@@ -13,18 +13,23 @@ fn mixtral() -> Workshop {
     shop
 }
 
-#[test]
-fn experts_are_trained_used_and_merged() {
-    let shop = mixtral();
-    let (model, out, merged) = (shop.path("model"), shop.path("adapter"), shop.path("merged"));
-    let names = "experts.gate_up_proj,experts.down_proj,gate.weight";
-    let more = ["--target-parameters", names, "--rank", "2", "--steps", "20", "--eval-every", "10"];
-    let mut args = shop.train("adapter", &more);
+/// What training an adapter on parameters of these names came to, once it has learned.
+fn trained(shop: &Workshop, names: &str, more: &[&str]) -> Value {
+    let own = ["--target-parameters", names, "--rank", "2", "--steps", "20"];
+    let mut args = shop.train("adapter", &[&own[..], more].concat());
     let at = args.iter().position(|arg| arg == "all-linear").unwrap();
     args.drain(at - 1..=at);
     let result = json_of(&strs(&args));
     let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
     assert!(loss(&result["after"]) < 0.7 * loss(&result["before"]), "{result}");
+    result
+}
+
+#[test]
+fn experts_are_trained_used_and_merged() {
+    let shop = mixtral();
+    let (model, out, merged) = (shop.path("model"), shop.path("adapter"), shop.path("merged"));
+    trained(&shop, "experts.gate_up_proj,experts.down_proj,gate.weight", &["--eval-every", "10"]);
     // Two layers, four experts of width 24 in a model of width 32.
     let (gate_up, down, router) = (4 * 2 * (32 + 48), 4 * 2 * (24 + 32), 2 * (32 + 4));
     let config: Value = serde_json::from_slice(&adapter_bytes(&out).1).unwrap();
@@ -43,14 +48,7 @@ fn experts_are_trained_used_and_merged() {
 fn packed_experts_are_trained_over_and_merged() {
     let shop = mixtral();
     let (model, out, merged) = (shop.path("model"), shop.path("adapter"), shop.path("merged"));
-    let names = "experts.gate_up_proj,experts.down_proj";
-    let more = ["--target-parameters", names, "--rank", "2", "--steps", "20", "--quantize", "nf4"];
-    let mut args = shop.train("adapter", &more);
-    let at = args.iter().position(|arg| arg == "all-linear").unwrap();
-    args.drain(at - 1..=at);
-    let result = json_of(&strs(&args));
-    let loss = |evaluation: &Value| evaluation["loss"].as_f64().unwrap();
-    assert!(loss(&result["after"]) < 0.7 * loss(&result["before"]), "{result}");
+    let result = trained(&shop, "experts.gate_up_proj,experts.down_proj", &["--quantize", "nf4"]);
     // Even of matrices that are hardly larger than their tables.
     let (total, bytes) = (&result["parameters"]["total"], &result["parameters"]["total_bytes"]);
     assert!(bytes.as_u64().unwrap() < 3 * total.as_u64().unwrap(), "{result}");
