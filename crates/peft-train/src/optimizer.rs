@@ -16,7 +16,8 @@ use crate::objective::scalar;
 
 /// AdamW with PyTorch's defaults, β = (0.9, 0.999) and ε = 1e-8, over the parameters of a module that have gradients.
 ///
-/// Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. One pass over each parameter and its moments, in place where nobody else has them;
+/// `w = (1 − η·λ)·w − η·(m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` with `m = β₁·m + (1 − β₁)·g` and `v = β₂·v + (1 − β₂)·g²`, of gradients `g` times the factor of
+/// the step. Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. One pass over each parameter and its moments, in place where nobody else has them;
 /// moments go by the parameter's path.
 ///
 /// ```
