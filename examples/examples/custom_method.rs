@@ -47,7 +47,7 @@ impl Method for InputScale {
     }
 
     fn init(&self, site: &Site, _seed: u64) -> Result<InputScaleAdapter> {
-        Ok(InputScaleAdapter { l: site.param([site.d_in], || self.init_scale) })
+        Ok(InputScaleAdapter { l: site.param([site.d_in], || self.init_scale)? })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

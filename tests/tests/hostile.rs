@@ -3,10 +3,16 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use peft_core::{AdapterFile, Error, Problem, Strictness, load_adapter, load_adapter_with};
+use peft_core::{
+    AdapterFile, Error, Method, Peft as _, Problem, Strictness, Targets, load_adapter, load_adapter_with, save_adapter,
+};
 use peft_lora::LoraConfig;
 use peft_models::checkpoint::Checkpoint;
 use peft_models::{ModelSource, Pretrained};
+use peft_moe::{MixtureConfig, PillConfig, PolyConfig, RouterConfig};
+use peft_prompt::{
+    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig, PromptTuningConfig,
+};
 
 use crate::golden::{model, testdata};
 
@@ -184,4 +190,47 @@ fn values_that_are_not_finite_are_refused() {
     file.tensors.values_mut().next().unwrap().values[3] = f32::NAN;
     file.write(dir.path()).unwrap();
     assert!(refused(dir.path()).contains("not finite"));
+}
+
+/// Loads an adapter of `method` whose configuration asks for another size, where `at` says; what is made before that is noticed is little.
+fn asks_for<M: Method>(method: &M, at: &str, sizes: &[u64]) {
+    for size in sizes {
+        let dir = tempfile::tempdir().unwrap();
+        save_adapter(&model("llama").attach(method).unwrap(), method, None, dir.path()).unwrap();
+        edit_config(dir.path(), |json| {
+            let mut fields = at.split('.').collect::<Vec<_>>();
+            let last = fields.pop().unwrap();
+            let object = fields.into_iter().fold(json, |object, field| object[field].as_object_mut().unwrap());
+            object.insert(last.to_owned(), (*size).into());
+        });
+        let found = load_adapter::<_, M>(model("llama"), dir.path()).map(|_| ());
+        assert!(found.is_err(), "{at} {size} of {}", M::PEFT_TYPE);
+    }
+}
+
+#[test]
+fn sizes_that_the_file_has_no_tensors_for_are_refused() {
+    const HUGE: u64 = 1 << 60;
+    const LARGE: u64 = 1 << 23;
+    let targets = || Targets::modules(["q_proj"]);
+    asks_for(&LoraConfig::new(2, targets()), "r", &[HUGE, LARGE]);
+    let large = adapter();
+    edit_config(large.path(), |json| json["r"] = LARGE.into());
+    let error = refused(large.path());
+    assert!(error.contains("a tensor of its file") && error.contains("q_proj"), "{error}");
+    asks_for(&PromptTuningConfig::new(2), "num_virtual_tokens", &[HUGE, LARGE]);
+    asks_for(&PTuningConfig::new(2, 3), "encoder_hidden_size", &[HUGE, LARGE]);
+    asks_for(&PrefixTuningConfig::new(2).with_projection(3), "encoder_hidden_size", &[HUGE, LARGE]);
+    for field in ["num_tasks", "num_ranks", "num_virtual_tokens"] {
+        asks_for(&MultitaskPromptTuningConfig::new(2, 3), field, &[HUGE, LARGE]);
+    }
+    asks_for(&PromptBankConfig::new(2, 3), "num_tasks", &[HUGE, LARGE]);
+    let mixture = MixtureConfig::new(LoraConfig::new(2, targets()), 3, RouterConfig::Soft);
+    for field in ["num_experts", "num_shared", "expert.r"] {
+        asks_for(&mixture, field, &[HUGE, LARGE]);
+    }
+    for field in ["n_tasks", "n_skills", "n_splits", "r"] {
+        asks_for(&PolyConfig::new(3, 2, targets()), field, &[HUGE, LARGE]);
+    }
+    asks_for(&PillConfig::decoder(2), "adapter_dim", &[HUGE, LARGE]);
 }

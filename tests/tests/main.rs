@@ -10,6 +10,7 @@ mod golden;
 mod hostile;
 mod labels;
 mod llama_adapter;
+mod mixture_reference;
 mod mixtures;
 mod packed;
 mod pill;

@@ -1,6 +1,7 @@
 //! What prompt methods do beyond PEFT's files: rows of several tasks, places in a text, a choice of blocks, prompts that depend on the text; and what they leave alone.
 
 use burn::module::{Module, Param};
+use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::{
     AdapterFile, Error, Method, ParamVisitor, PathStack, Peft as _, Strictness, attach, for_tasks, load_adapter,
@@ -10,8 +11,8 @@ use peft_models::encoder::{Input, Text};
 use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, KvCache, Layout, ModelSource, Pretrained, Sampling, generate};
 use peft_prompt::{
-    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptBankConfig,
-    PromptTuningConfig, SourceTasks, start_at,
+    Banked, MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptBankConfig, PromptTuningConfig,
+    SourceTasks, ensemble, start_at,
 };
 use peft_quant::{Format, Quantization};
 
@@ -46,7 +47,7 @@ fn filled<T: Module, M: Method>(module: T, file: AdapterFile<M>) -> T {
 }
 
 /// Prompts that were learned one by one, together: a row of each task gives what it gives alone, and the same row under each prompt is an ensemble.
-fn bank_of<M: Method<Adapter = PromptAdapter>>(method: &M, seeds: [u64; 3]) {
+fn bank_of<M: Banked>(method: &M, seeds: [u64; 3]) {
     let singles = seeds.map(|seed| attach(model("llama"), method, seed).unwrap());
     let files = singles.each_ref().map(|single| file(single, method));
     let bank = PromptBankConfig::of(&files).unwrap();
@@ -58,9 +59,11 @@ fn bank_of<M: Method<Adapter = PromptAdapter>>(method: &M, seeds: [u64; 3]) {
     for (row, task) in [2, 0, 1].into_iter().enumerate() {
         near(found.clone().narrow(0, row, 1), singles[task].forward(ids(&[rows[row]])));
     }
-    let ensemble = for_tasks(&[0, 1, 2], || together.forward(ids(&[rows[0]; 3])));
-    let each = singles.each_ref().map(|single| single.forward(ids(&[rows[0]])));
-    near(ensemble.mean_dim(0), Tensor::cat(each.to_vec(), 0).mean_dim(0));
+    let found = ensemble(3, ids(&rows[..2]), |ids| together.forward(ids));
+    for (row, ids_of_row) in rows[..2].iter().enumerate() {
+        let each = singles.each_ref().map(|single| softmax(single.forward(ids(&[ids_of_row])), 2));
+        near(found.clone().narrow(0, row, 1), Tensor::cat(each.to_vec(), 0).mean_dim(0));
+    }
     // One task for all rows, token by token behind a cache.
     let sampling = Sampling::default();
     let device = Device::flex();
@@ -89,6 +92,18 @@ fn banks_of_what_does_not_fit_are_refused() {
     let more = besides.tensors["prompt_embeddings"].clone();
     besides.tensors.insert("classifier.weight".to_owned(), more);
     refused(PromptBankConfig::of(&[besides]).unwrap_err(), "classifier.weight");
+    let elsewhere = AdapterFile { base_fingerprint: Some("of another".to_owned()), ..of(3, "llama") };
+    refused(PromptBankConfig::of(&[of(3, "llama"), elsewhere]).unwrap_err(), "base_model_name_or_path");
+    // What a row of a bank cannot have of its own.
+    let bank_of = |method: PrefixTuningConfig| {
+        let file = file(&attach(model("llama"), &method, 0).unwrap(), &method);
+        PromptBankConfig::of(&[file]).unwrap_err()
+    };
+    refused(bank_of(PrefixTuningConfig::new(2).without_shift()), "unshifted");
+    refused(bank_of(PrefixTuningConfig::new(2).in_layers([1])), "layers_to_transform");
+    let placed = PTuningConfig { direct: true, ..PTuningConfig::new(2, 4).in_place_of(0) };
+    let placed = file(&attach(model("llama"), &placed, 0).unwrap(), &placed);
+    refused(PromptBankConfig::of(&[placed]).unwrap_err(), "placeholder_token_id");
 }
 
 #[test]
@@ -116,6 +131,17 @@ fn a_task_of_many_is_a_plain_prompt_and_the_start_of_another() {
     ] {
         assert!(error.to_string().contains("below 3"), "{error}");
     }
+    // Tensors that are not those of the configuration.
+    let broken = |change: fn(&mut Vec<usize>)| {
+        let mut file = learned.clone();
+        change(&mut file.tensors.get_mut("prefix_task_rows").unwrap().shape);
+        file
+    };
+    for file in [broken(Vec::clear), broken(|shape| shape[2] = 7)] {
+        let error = MultitaskPromptTuningConfig::prompt_of(&file, 2).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("expected"), "{error}");
+    }
+    assert!(MultitaskPromptTuningConfig::of_source(&broken(Vec::clear), SourceTasks::Average).is_err());
 }
 
 /// Virtual tokens in the places of a token: those with the embeddings of words say what the words say there.

@@ -9,7 +9,8 @@ use peft_core::{AdapterFile, Error, Method, Peft as _, Problem, for_tasks, load_
 use peft_models::encoder::Input;
 use peft_models::{CausalLm, Sampling, generate};
 use peft_prompt::{
-    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptTuningConfig, start_at,
+    MultitaskPromptTuningConfig, PTuningConfig, PrefixTuningConfig, PromptAdapter, PromptInit, PromptTuningConfig,
+    start_at,
 };
 use serde::Deserialize;
 
@@ -47,6 +48,24 @@ fn logits(model: &CausalLm) -> Vec<f32> {
     for_tasks(&of, || model.forward(ids)).narrow(2, 0, 16).into_data().iter::<f32>().collect()
 }
 
+/// The same of the first tokens of each row, behind padding on the left.
+fn is_as_far_from_the_right(model: &CausalLm, expected: &[f32], case: &Case) {
+    let inputs = testdata().join("prompts/inputs.safetensors");
+    let ((shape, tokens), (_, mask)) = (ints(&inputs, "tokens_left"), ints(&inputs, "mask_left"));
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(tokens, &shape[..]), &Device::flex());
+    let padding: Vec<usize> = mask.chunks(shape[1]).map(|row| row.iter().filter(|seen| **seen == 0).count()).collect();
+    let (_, of) = ints(&inputs, "task_ids");
+    let of: Vec<usize> = of.into_iter().map(|task| task as usize).collect();
+    let found = for_tasks(&of, || model.forward_left_padded(ids, &padding)).narrow(2, 0, 16);
+    for (row, padding) in padding.into_iter().enumerate() {
+        let real = shape[1] - padding;
+        let found: Vec<f32> =
+            found.clone().narrow(0, row, 1).narrow(1, padding, real).into_data().iter::<f32>().collect();
+        let found = deviation(&found, &expected[row * shape[1] * 16..][..real * 16]);
+        assert!(found < BOUND, "{}, row {row}: {found}", case.path);
+    }
+}
+
 /// Loads the adapter, compares, writes it again and compares the files.
 fn hold<M: Method>(case: &Case) {
     let dir = testdata().join(&case.path);
@@ -59,6 +78,7 @@ fn hold<M: Method>(case: &Case) {
         None => {
             let (model, method) = load_adapter::<_, M>(base(case), &dir).unwrap();
             near(&logits(&model), &expected);
+            is_as_far_from_the_right(&model, &expected, case);
             goes_back(&model, &method, case);
         }
         Some(name) => {
@@ -224,7 +244,9 @@ fn the_prompt_alone_is_trained() {
     let trained = |model: CausalLm| model.trainable().trainable;
     assert_eq!(trained(base().attach(&PromptTuningConfig::new(7)).unwrap()), 7 * width);
     let prefix = trained(base().attach(&PrefixTuningConfig::new(7)).unwrap());
-    let kv = prefix / (2 * 7 * blocks);
+    // [1, 2·blocks, kv_heads, head_dim]
+    let [_, _, kv_heads, head_dim] = base().past_of(Tensor::zeros([1, 1], &Device::flex().autodiff())).dims();
+    let kv = kv_heads * head_dim;
     assert_eq!(prefix, 2 * 7 * blocks * kv);
     let e = 5;
     let projected = trained(base().attach(&PrefixTuningConfig::new(7).with_projection(e)).unwrap());
@@ -244,6 +266,12 @@ fn prompts_that_do_not_fit_are_refused() {
     refused(base().attach(&PrefixTuningConfig::new(100_000)).unwrap_err(), "positions of the model");
     refused(start_at(base(), &PromptTuningConfig::new(2), &[0.0; 3], 0).unwrap_err(), "num_virtual_tokens");
     refused(start_at(base(), &PTuningConfig::new(2, 4), &[0.0; 3], 0).unwrap_err(), "encoder");
+    let of_text = |text: &str| PromptTuningConfig {
+        prompt_tuning_init: PromptInit::Text,
+        prompt_tuning_init_text: Some(text.to_owned()),
+        ..PromptTuningConfig::new(2)
+    };
+    refused(base().attach(&of_text("  ")).unwrap_err(), "prompt_tuning_init_text");
     // A prompt for a model of another width.
     let dir = testdata().join("prompts/llama/prompt_tuning");
     let mut file = AdapterFile::<PromptTuningConfig>::read(&dir).unwrap();
@@ -273,4 +301,47 @@ fn prompts_that_do_not_fit_are_refused() {
     let empty = write_values([], &dir.path().join(ENCODER_FILE)).unwrap();
     std::fs::write(dir.path().join(ENCODER_FILE), empty).unwrap();
     refused(load_adapter::<_, PTuningConfig>(base(), dir.path()).unwrap_err(), "prompt_encoder.");
+    // An encoder beside a prompt that something else has trained since.
+    save_adapter(&model, &method, None, dir.path()).unwrap();
+    let path = dir.path().join("adapter_model.safetensors");
+    let mut tensors = read_values(&path).unwrap();
+    tensors.values_mut().for_each(|values| values.values.iter_mut().for_each(|value| *value += 0.5));
+    std::fs::write(&path, write_values(tensors.iter().map(|(key, values)| (key.clone(), values)), &path).unwrap())
+        .unwrap();
+    refused(load_adapter::<_, PTuningConfig>(base(), dir.path()).unwrap_err(), "computes another prompt");
+}
+
+/// The dropout of an encoder acts in training, and not on what is saved.
+#[test]
+fn a_saved_prompt_is_that_of_evaluation() {
+    let method = PTuningConfig { encoder_dropout: 0.5, ..PTuningConfig::new(3, 4).with_lstm(2) };
+    let model = model("llama").train().attach(&method).unwrap();
+    let saved = || AdapterFile::collect(&model, &method).unwrap().tensors["prompt_embeddings"].values.clone();
+    assert_eq!(saved(), saved());
+    let dir = tempfile::tempdir().unwrap();
+    save_adapter(&model, &method, None, dir.path()).unwrap();
+    std::fs::remove_file(dir.path().join(ENCODER_FILE)).unwrap();
+    let plain = load_adapter::<_, PTuningConfig>(self::model("llama"), dir.path()).unwrap().0;
+    assert!(deviation(&logits_of_one(&plain), &logits_of_one(&model.valid())) < 1e-5);
+}
+
+fn logits_of_one(model: &CausalLm) -> Vec<f32> {
+    let device = model.devices()[0].clone();
+    model.forward(Tensor::from_data([[3, 1, 8]], &device)).into_data().iter::<f32>().collect()
+}
+
+/// PEFT reads a prompt that started as a text only with the name of a tokenizer, though it needs none then.
+#[test]
+fn a_prompt_of_a_text_names_a_tokenizer() {
+    let method = PromptTuningConfig {
+        prompt_tuning_init: PromptInit::Text,
+        prompt_tuning_init_text: Some("Be kind.".to_owned()),
+        ..PromptTuningConfig::new(2)
+    };
+    let dir = tempfile::tempdir().unwrap();
+    save_adapter(&model("llama").attach(&method).unwrap(), &method, Some("tiny/llama"), dir.path()).unwrap();
+    let config = std::fs::read_to_string(dir.path().join("adapter_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["tokenizer_name_or_path"], "tiny/llama");
+    assert_eq!(AdapterFile::<PromptTuningConfig>::read(dir.path()).unwrap().method, method);
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use peft_core::{AdapterFile, Peft as _, Strictness, load_adapter};
+use peft_core::{AdapterFile, Peft as _, Result, Strictness, load_adapter};
 use peft_models::load::{Packing, Precision};
 use peft_models::{CausalLm, ModelSource, Pretrained};
 use peft_union::{AnyUnion, read_published};
@@ -43,15 +43,57 @@ fn logits_are_those_of_the_formulas() {
     }
 }
 
-/// A copy of a case with a field of its configuration changed.
-fn refused(case: &str, field: &str, value: Value) -> String {
+/// A copy of a case with fields of its configuration changed.
+fn changed(case: &str, fields: &Value) -> Result<AdapterFile<AnyUnion>> {
     let copy = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(dir(case).join("adapter_config.json")).unwrap();
     let mut config: Value = serde_json::from_str(&text).unwrap();
-    config[field] = value;
+    for (field, value) in fields.as_object().unwrap() {
+        config[field] = value.clone();
+    }
     std::fs::write(copy.path().join("adapter_config.json"), config.to_string()).unwrap();
     std::fs::copy(dir(case).join("adapter_model.bin"), copy.path().join("adapter_model.bin")).unwrap();
-    read_published(copy.path()).map(|_: AdapterFile<AnyUnion>| ()).unwrap_err().to_string()
+    read_published(copy.path())
+}
+
+fn refused(case: &str, field: &str, value: Value) -> String {
+    changed(case, &json!({ field: value })).map(|_| ()).unwrap_err().to_string()
+}
+
+/// The mixture of such a copy.
+fn mixture(case: &str, fields: Value) -> Value {
+    let method = serde_json::to_value(changed(case, &fields).unwrap().method).unwrap();
+    let mut parts = method["parts"].as_array().unwrap().iter();
+    parts.find(|part| part.get("expert").is_some()).unwrap().clone()
+}
+
+#[test]
+fn training_goes_on_as_the_file_says() {
+    let load = |case: &str, fields: Value| mixture(case, fields)["balance"]["load"].as_f64().unwrap();
+    for (case, balanced) in [("mixlora/plain", true), ("mola/plain", false)] {
+        let usual = if balanced { 0.001 } else { 0.0 };
+        assert_eq!(load(case, json!({})), usual);
+        assert_eq!(load(case, json!({ "router_loss": true })), 0.001);
+        assert_eq!(load(case, json!({ "router_aux_loss_coef": 0.5, "router_loss": true })), 0.5);
+        assert_eq!(load(case, json!({ "router_aux_loss_coef": 0.5, "router_loss": false })), 0.0);
+    }
+    assert_eq!(load("loramoe/plain", json!({})), 0.0);
+    assert_eq!(mixture("mixlora/plain", json!({}))["jitter"], json!(0.0));
+    assert_eq!(mixture("mixlora/plain", json!({ "jitter_noise": 0.25 }))["jitter"], json!(0.25));
+}
+
+#[test]
+fn experts_have_what_is_outside_but_for_their_own() {
+    let expert = |own: Value| {
+        let expert = mixture("mixlora/rslora", json!({ "expert_lora": own }))["expert"].clone();
+        ["r", "lora_alpha", "lora_dropout", "use_rslora"].map(|field| expert[field].clone())
+    };
+    assert_eq!(expert(json!({})), [json!(4), json!(8.0), json!(0.05), json!(true)]);
+    assert_eq!(expert(json!({ "lora_alpha": 6 })), [json!(4), json!(6.0), json!(0.05), json!(true)]);
+    let own = json!({ "r": 2, "lora_dropout": 0.5, "use_rslora": false });
+    assert_eq!(expert(own), [json!(2), json!(8.0), json!(0.5), json!(false)]);
+    let found = refused("mixlora/plain", "expert_lora", json!({ "use_dora": true }));
+    assert!(found.contains("expert_lora.use_dora"), "{found}");
 }
 
 #[test]

@@ -82,7 +82,7 @@ impl Method for BitFitConfig {
         }
         let shape = [1, site.d_out];
         let random = || site.normal(shape, 1.0, &mut site.rng(seed));
-        Ok(BitFitAdapter { bias: if self.init_weights { site.zeros(shape) } else { random() } })
+        Ok(BitFitAdapter { bias: if self.init_weights { site.zeros(shape)? } else { random()? } })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

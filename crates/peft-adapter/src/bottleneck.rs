@@ -68,22 +68,22 @@ impl Bottleneck {
                 let numbers = [config.phm_dim, config.phm_rank];
                 return Ok(Projection::Phm(Phm::new(site, shape, numbers, start, &mut rng)?));
             }
-            Ok(Projection::Dense(Dense::new(site, shape, start, &mut rng)))
+            Ok(Projection::Dense(Dense::new(site, shape, start, &mut rng)?))
         };
         let [first, second] = config.init_weights.starts();
         let (down, up) = (projection([width, inner], first)?, projection([inner, width], second)?);
         let (scale, constant) = match config.scaling {
             Scaling::Constant(scale) => (None, scale),
-            Scaling::Learned => (Some(site.param([1], || 1.0)), 1.0),
-            Scaling::Channel => (Some(site.param([width], || 1.0)), 1.0),
+            Scaling::Learned => (Some(site.param([1], || 1.0)?), 1.0),
+            Scaling::Channel => (Some(site.param([width], || 1.0)?), 1.0),
         };
         Ok(Self {
-            norm_before: config.ln_before.then(|| OwnNorm::new(site)),
+            norm_before: config.ln_before.then(|| OwnNorm::new(site)).transpose()?,
             down,
             up,
             scale,
-            norm_after: config.ln_after.then(|| OwnNorm::new(site)),
-            gate: config.use_gating.then(|| Gate::new(site, [width, 1], &mut site.rng(seed ^ 1))),
+            norm_after: config.ln_after.then(|| OwnNorm::new(site)).transpose()?,
+            gate: config.use_gating.then(|| Gate::new(site, [width, 1], &mut site.rng(seed ^ 1))).transpose()?,
             dropout: DropoutConfig::new(config.dropout).init(),
             form: Form {
                 non_linearity: config.non_linearity,
@@ -166,8 +166,8 @@ impl Bottleneck {
 }
 
 impl OwnNorm {
-    fn new(site: &Site) -> Self {
-        Self { gamma: site.param([site.d_out], || 1.0), beta: site.zeros([site.d_out]) }
+    fn new(site: &Site) -> Result<Self> {
+        Ok(Self { gamma: site.param([site.d_out], || 1.0)?, beta: site.zeros([site.d_out])? })
     }
 
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {

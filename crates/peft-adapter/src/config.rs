@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use peft_core::{Error, Result, Site, Targets};
+use peft_core::{Error, Result, Site, Targets, check_size};
 use serde::{Deserialize, Serialize};
 
 /// What AdapterHub's models, and those here, call the ends of a block's sub-layers.
@@ -267,9 +267,9 @@ impl BottleneckConfig {
             }
             _ => {}
         }
-        if self.phm_layer && (self.phm_dim == 0 || self.phm_rank == 0) {
-            let field = if self.phm_dim == 0 { "phm_dim" } else { "phm_rank" };
-            return Err(Error::config(field, "at least 1", 0));
+        if self.phm_layer {
+            check_size("phm_dim", self.phm_dim)?;
+            check_size("phm_rank", self.phm_rank)?;
         }
         Ok(())
     }

@@ -140,11 +140,11 @@ impl Method for Ia3Config {
         let feedforward = self.is_feedforward(&site.path)?;
         let shape = if feedforward { [site.d_in, 1] } else { [1, site.d_out] };
         let l = if self.init_ia3_weights {
-            site.param(shape, || 1.0)
+            site.param(shape, || 1.0)?
         } else {
-            site.normal(shape, 1.0, &mut site.rng(seed))
+            site.normal(shape, 1.0, &mut site.rng(seed))?
         };
-        let gate = self.use_gating.then(|| Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1)));
+        let gate = self.use_gating.then(|| Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1))).transpose()?;
         Ok(Ia3Adapter { l, gate, feedforward })
     }
 

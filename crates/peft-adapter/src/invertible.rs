@@ -90,7 +90,7 @@ impl Coupling {
             return Err(Error::config("inv_adapter_reduction_factor", expected, factor));
         }
         let [down, up] = config.init_weights.starts();
-        Ok(Self { down: Dense::new(site, [from, inner], down, rng), up: Dense::new(site, [inner, to], up, rng) })
+        Ok(Self { down: Dense::new(site, [from, inner], down, rng)?, up: Dense::new(site, [inner, to], up, rng)? })
     }
 
     fn forward(&self, x: Tensor<2>, non_linearity: NonLinearity) -> Tensor<2> {

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
-use peft_core::{Activation, AdapterFile, Composable, End, FileTensor, LayerKind, Method, Part, Result, Site, Targets};
+use peft_core::{
+    Activation, AdapterFile, Composable, End, Error, FileTensor, LayerKind, Method, Part, Result, Site, Targets,
+};
 
 use crate::bottleneck::Bottleneck;
 use crate::config::{BottleneckConfig, InvAdapter, block_of};
@@ -113,6 +115,18 @@ impl Composable for BottleneckConfig {
     const COMPOSITION: &'static str = "BOTTLENECK_COMPOSITION";
     const MIXTURE: &'static str = "BOTTLENECK_MIXTURE";
     const PLACES: &'static [LayerKind] = &[LayerKind::SubLayer];
+
+    fn check_expert(&self) -> Result<()> {
+        if let Some(adapter) = self.inv_adapter {
+            let expected = "none in an expert: a mixture is not behind the embeddings";
+            return Err(Error::config("inv_adapter", expected, format!("{adapter:?}")));
+        }
+        if self.adapter_residual_before_ln && self.ln_after && !self.is_parallel {
+            let expected = "false in an expert with `ln_after`, or what is normed is not its own alone";
+            return Err(Error::config("adapter_residual_before_ln", expected, true));
+        }
+        Ok(())
+    }
 }
 
 /// The weight form: there is none, and what it would change is not read.

@@ -48,13 +48,13 @@ impl Phm {
         // The factors of a Kronecker sum start as Glorot's do; the rule starts near a permutation's size, so that the product is neither lost nor large.
         let glorot = |from: usize, to: usize| Start::Normal { std: (2.0 / (from + to) as f32).sqrt(), cut: false };
         let (rows, columns) = (d_in / n, d_out / n);
-        let left = glorot(rows, rank).values(site, [n, rows, rank], rows, rng);
+        let left = glorot(rows, rank).values(site, [n, rows, rank], rows, rng)?;
         let right = match start {
-            Start::Zeros => site.zeros([n, rank, columns]),
-            _ => glorot(rank, columns).values(site, [n, rank, columns], rank, rng),
+            Start::Zeros => site.zeros([n, rank, columns])?,
+            _ => glorot(rank, columns).values(site, [n, rank, columns], rank, rng)?,
         };
-        let rule = Start::Normal { std: 1.0 / n as f32, cut: false }.values(site, [n, n, n], n, rng);
-        Ok(Self { rule, left, right, bias: site.zeros([d_out]) })
+        let rule = Start::Normal { std: 1.0 / n as f32, cut: false }.values(site, [n, n, n], n, rng)?;
+        Ok(Self { rule, left, right, bias: site.zeros([d_out])? })
     }
 
     /// The matrix that the products add up to, `[d_in, d_out]`. As one side of it is narrow, it is small.

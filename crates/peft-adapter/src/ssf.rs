@@ -96,10 +96,10 @@ impl Method for SsfConfig {
     fn init(&self, site: &Site, seed: u64) -> Result<SsfAdapter> {
         let (width, mut rng) = ([site.d_out], site.rng(seed));
         Ok(match self.init_ssf_weights {
-            InitSsf::Identity => SsfAdapter { scale: site.param(width, || 1.0), shift: site.zeros(width) },
+            InitSsf::Identity => SsfAdapter { scale: site.param(width, || 1.0)?, shift: site.zeros(width)? },
             InitSsf::Paper => SsfAdapter {
-                scale: site.normal_around(1.0, width, SPREAD, &mut rng),
-                shift: site.normal(width, SPREAD, &mut rng),
+                scale: site.normal_around(1.0, width, SPREAD, &mut rng)?,
+                shift: site.normal(width, SPREAD, &mut rng)?,
             },
         })
     }

@@ -381,7 +381,7 @@ impl<M: Method> Adaptation for M {
     }
 
     fn reads_ahead(&self) -> bool {
-        self.num_tasks().is_some()
+        self.takes_whole_rows()
     }
 }
 

@@ -110,6 +110,10 @@ pub struct Settings {
     /// prompt, prefix: start from this text, cut or repeated to the length [default: from random tokens of the model]
     #[arg(long, help_heading = "Method", value_name = "TEXT")]
     pub prompt_text: Option<String>,
+    /// prompt, prompt-bank, multitask: start from these labels, a virtual token for each, and from random tokens behind them
+    #[arg(long, value_delimiter = ',', help_heading = "Method", value_name = "LABELS")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub prompt_labels: Vec<String>,
     /// multitask: rank of what makes the shared prompt a task's own [default: 1]
     #[arg(long, help_heading = "Method", value_name = "R")]
     pub num_ranks: Option<usize>,

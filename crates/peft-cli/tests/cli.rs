@@ -372,7 +372,7 @@ fn bad_input_is_refused_with_what_where_and_what_to_do() {
         ),
         (train(&data, &["--targets", "q_porj"]), 1, &["matches no layer", "q_proj"]),
         (train(&data, &and(&["--method", "lroa"])), 2, &["--method lroa", "one of lora"]),
-        (train(&data, &and(&["--rank", "0"])), 2, &["`r`: expected a rank of at least 1"]),
+        (train(&data, &and(&["--rank", "0"])), 2, &["`r`: expected at least 1"]),
         (train(&data, &and(&["--lr", "nan"])), 2, &["learning_rate: is NaN"]),
         (train(&data, &and(&["--batch-size", "0"])), 2, &["batch_size: is 0"]),
         (train(&data, &and(&["--max-len", "4096"])), 2, &["--max-len 4096", "takes at most 64 tokens"]),

@@ -4,6 +4,8 @@ use std::cell::RefCell;
 
 use burn::tensor::Tensor;
 
+use crate::within;
+
 /// What one router did with a batch.
 #[derive(Clone, Debug)]
 pub struct Auxiliary {
@@ -29,16 +31,7 @@ thread_local! {
 /// assert!(answer == 42 && said.is_empty());
 /// ```
 pub fn with_auxiliary<R>(forward: impl FnOnce() -> R) -> (R, Vec<Auxiliary>) {
-    /// What was said before is there again, whatever way `forward` ends.
-    struct Before(Option<Vec<Auxiliary>>);
-    impl Drop for Before {
-        fn drop(&mut self) {
-            SAID.set(self.0.take());
-        }
-    }
-    let _before = Before(SAID.replace(Some(Vec::new())));
-    let result = forward();
-    (result, SAID.take().unwrap_or_default())
+    within(&SAID, Vec::new(), || (forward(), SAID.take().unwrap_or_default()))
 }
 
 /// Says something, if anybody listens; else it is not even computed.

@@ -55,6 +55,14 @@ pub trait Composable: Method<Adapter: Part> {
     fn check_part(&self) -> Result<()> {
         Ok(())
     }
+
+    /// Refuses a configuration whose adapters cannot be experts of a mixture.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config).
+    fn check_expert(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl Composition {

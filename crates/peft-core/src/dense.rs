@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 use rand::Rng;
 
-use crate::Site;
+use crate::{Result, Site};
 
 /// `x·W + b`
 #[derive(Module, Debug)]
@@ -33,8 +33,11 @@ pub enum Start {
 
 impl Dense {
     /// The layer in the type and on the device of a site's adapters; the bias starts at zero.
-    pub fn new(site: &Site, [d_in, d_out]: [usize; 2], start: Start, rng: &mut impl Rng) -> Self {
-        Self { weight: start.values(site, [d_in, d_out], d_in, rng), bias: site.zeros([d_out]) }
+    ///
+    /// # Errors
+    /// As [`Site::param`].
+    pub fn new(site: &Site, [d_in, d_out]: [usize; 2], start: Start, rng: &mut impl Rng) -> Result<Self> {
+        Ok(Self { weight: start.values(site, [d_in, d_out], d_in, rng)?, bias: site.zeros([d_out])? })
     }
 
     /// The type that is computed in.
@@ -50,13 +53,16 @@ impl Dense {
 
 impl Start {
     /// Trained values of that shape.
+    ///
+    /// # Errors
+    /// As [`Site::param`].
     pub fn values<const D: usize>(
         self,
         site: &Site,
         shape: [usize; D],
         fan_in: usize,
         rng: &mut impl Rng,
-    ) -> Param<Tensor<D>> {
+    ) -> Result<Param<Tensor<D>>> {
         match self {
             Self::Zeros => site.zeros(shape),
             Self::Kaiming => site.uniform(shape, 1.0 / (fan_in as f32).sqrt(), rng),

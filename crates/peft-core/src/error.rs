@@ -198,6 +198,19 @@ impl Error {
     }
 }
 
+/// Refuses a size that is zero, or that nobody means: it may be from a file, and others are multiplied by it.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn check_size(field: &str, size: usize) -> Result<()> {
+    const MOST: usize = 1 << 24;
+    match size {
+        0 => Err(Error::config(field, "at least 1", size)),
+        1..=MOST => Ok(()),
+        _ => Err(Error::config(field, format!("at most {MOST}"), size)),
+    }
+}
+
 fn list(problems: &[Problem]) -> String {
     const SHOWN: usize = 20;
     let mut lines: Vec<String> = problems.iter().take(SHOWN).map(|p| format!("  - {p}")).collect();

@@ -19,9 +19,10 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
+use crate::attach::attach_within;
 use crate::rebuild::Adapters;
 use crate::{
-    Error, LayerKind, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, attach, base_fingerprint,
+    Error, LayerKind, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, base_fingerprint,
     map_params, scan, visit_params,
 };
 
@@ -166,7 +167,7 @@ pub fn save_adapter<T: Module, M: Method>(module: &T, method: &M, base_model: Op
 /// Reads the adapter in `dir` and attaches it to `module`, which must be un-adapted.
 ///
 /// # Errors
-/// As [`attach`]; when the adapter names another base; and when a tensor is missing, unknown, not finite or of another shape, all of them at once.
+/// As [`attach`](crate::attach); when the adapter names another base; and when a tensor is missing, unknown, not finite or of another shape, all of them at once.
 pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M)> {
     load_adapter_with(module, dir, Strictness::default())
 }
@@ -178,7 +179,7 @@ pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M
 pub fn load_adapter_with<T: Module, M: Method>(module: T, dir: &Path, strictness: Strictness) -> Result<(T, M)> {
     let mut file = AdapterFile::<M>::read(dir)?;
     (file.method, file.tensors) = file.method.renew(file.tensors, &scan(&module))?;
-    let module = attach(module, &file.method, 0)?;
+    let module = attach_within(module, &file.method, 0, room(&file.tensors))?;
     let method = file.method.clone();
     Ok((file.fill(module, &dir.join(TENSOR_FILE), strictness)?, method))
 }
@@ -222,12 +223,19 @@ impl<M: Method> AdapterFile<M> {
         let mut filler = Filler { keys, tensors: self.tensors, strictness, encoded: false, problems: Vec::new() };
         let module = map_params(module, &mut filler);
         let Filler { mut tensors, mut problems, encoded, .. } = filler;
-        if encoded {
-            // What an encoder computes is not stored twice.
-            tensors.remove(PROMPT_KEY);
-        }
+        // What an encoder computes is not stored twice.
+        let stored = if encoded { tensors.remove(PROMPT_KEY) } else { None };
         if !strictness.allow_unknown {
             problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
+        }
+        if let Some(stored) = stored.filter(|_| problems.is_empty()) {
+            let computed = Self::collect(&module, &self.method)?.tensors.remove(PROMPT_KEY);
+            if computed.is_none_or(|computed| differ(&computed, &stored)) {
+                let what = format!(
+                    "{ENCODER_FILE} computes another prompt; remove it where something else has trained the prompt since"
+                );
+                problems.push(Problem::Other { path: PROMPT_KEY.to_owned(), what });
+            }
         }
         if problems.is_empty() { Ok(module) } else { Err(Error::Tensors { path: path.to_owned(), problems }) }
     }
@@ -315,6 +323,10 @@ impl<M: Method> AdapterFile<M> {
         if json.get("bias").is_some_and(|bias| bias == "only") {
             json.insert("bias".to_owned(), format!("{}_only", M::PEFT_TYPE.to_lowercase()).into());
         }
+        // PEFT wants to know who reads the text that a prompt started as, though it reads it no more.
+        if json.get("prompt_tuning_init").is_some_and(|init| init == "TEXT") {
+            json.insert("tokenizer_name_or_path".to_owned(), self.base_model.clone().into());
+        }
         json.insert("peft_type".to_owned(), M::PEFT_TYPE.into());
         json.insert("base_model_name_or_path".to_owned(), self.base_model.clone().into());
         json.insert("task_type".to_owned(), self.task_type.clone().into());
@@ -323,6 +335,23 @@ impl<M: Method> AdapterFile<M> {
         json.insert("revision".to_owned(), Value::Null);
         serde_json::to_string_pretty(&json).map_err(invalid)
     }
+}
+
+/// Most values of a tensor that is made before it is compared with those of a file: a configuration that asks for far more than is there gets nothing.
+fn room(tensors: &BTreeMap<String, Values>) -> usize {
+    /// Little enough for any machine, so that what is missing from a small file is named.
+    const ALWAYS: usize = 1 << 18;
+    let largest = tensors.values().map(|values| values.values.len()).max().unwrap_or_default();
+    largest.saturating_mul(4).max(ALWAYS)
+}
+
+/// Whether they are different things, rather than the same one computed on different devices.
+fn differ(found: &Values, expected: &Values) -> bool {
+    /// Of the largest value: products of 10 bits, as GPUs have them, are off by less.
+    const SAME: f32 = 5e-3;
+    let largest = expected.values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    let mut pairs = found.values.iter().zip(&expected.values);
+    found.shape != expected.shape || pairs.any(|(found, expected)| (found - expected).abs() > SAME * largest)
 }
 
 /// Writes files of one folder so that each is seen either as it was or whole: first all beside their places, then the renames.

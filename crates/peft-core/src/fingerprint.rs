@@ -178,7 +178,7 @@ mod tests {
         }
 
         fn init(&self, site: &Site, _seed: u64) -> Result<Summand> {
-            Ok(Summand { a: site.zeros([site.d_in, site.d_out]) })
+            Ok(Summand { a: site.zeros([site.d_in, site.d_out])? })
         }
 
         fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

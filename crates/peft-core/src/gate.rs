@@ -10,7 +10,7 @@ use burn::module::Module;
 use burn::tensor::{Tensor, activation};
 use rand::Rng;
 
-use crate::{Dense, Site, Start};
+use crate::{Dense, Result, Site, Start};
 
 /// Deviation of a gate's weights at init, AdapterHub's.
 const START: Start = Start::Normal { std: 0.02, cut: false };
@@ -23,8 +23,11 @@ pub struct Gate {
 
 impl Gate {
     /// A gate that starts near one half.
-    pub fn new(site: &Site, shape: [usize; 2], rng: &mut impl Rng) -> Self {
-        Self { dense: Dense::new(site, shape, START, rng) }
+    ///
+    /// # Errors
+    /// As [`Site::param`].
+    pub fn new(site: &Site, shape: [usize; 2], rng: &mut impl Rng) -> Result<Self> {
+        Ok(Self { dense: Dense::new(site, shape, START, rng)? })
     }
 
     /// `[batch, seq, d_in]` to `[batch, 1, outputs]`, in the type of the gate.

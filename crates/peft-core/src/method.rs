@@ -55,6 +55,11 @@ pub trait Method: Clone + Debug + Serialize + DeserializeOwned + Send + Sync + '
         None
     }
 
+    /// Whether it takes a row of a batch for one text, so that a row must not hold several.
+    fn takes_whole_rows(&self) -> bool {
+        self.num_tasks().is_some()
+    }
+
     /// Refuses values that make no sense, naming the field by its name in the file.
     ///
     /// # Errors

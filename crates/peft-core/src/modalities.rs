@@ -5,6 +5,8 @@ use std::rc::Rc;
 
 use burn::tensor::{Int, Tensor};
 
+use crate::within;
+
 /// What a token stands for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Modality {
@@ -87,18 +89,8 @@ thread_local! {
 /// # Panics
 /// When there are features and no adapter asked for them: a model without a projector would go on as if it had seen an image.
 pub fn for_modalities<R>(modalities: Modalities, forward: impl FnOnce() -> R) -> R {
-    /// What held before holds again, whatever way `forward` ends.
-    struct Before(Option<Rc<Modalities>>);
-    impl Drop for Before {
-        fn drop(&mut self) {
-            MODALITIES.set(self.0.take());
-        }
-    }
     let modalities = Rc::new(modalities);
-    let result = {
-        let _before = Before(MODALITIES.replace(Some(Rc::clone(&modalities))));
-        forward()
-    };
+    let result = within(&MODALITIES, Rc::clone(&modalities), forward);
     assert!(
         modalities.features.is_none() || modalities.taken.get(),
         "a model that reads features has an adapter that projects them"

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::location::REPARAMETERIZATION;
 use crate::named::NAMED;
 use crate::quantized::PACKED;
-use crate::{LayerKind, PathStack, PromptShape};
+use crate::{Error, LayerKind, PathStack, PromptShape, Result};
 
 /// One layer that an adapter can sit in: its weight, and what a method needs to know of it. A norm's weight is its scale.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ pub struct Site {
     pub prompt: Option<PromptShape>,
     /// Device of the weight.
     pub device: Device,
+    /// Most values that a tensor of an adapter may have, by the file that it is for.
+    pub most: usize,
 }
 
 /// Whether a path is that of the router of a mixture of experts.
@@ -74,30 +76,58 @@ impl Site {
     }
 
     /// A trainable parameter with the values that `next` gives in row-major order.
-    pub fn param<const D: usize>(&self, shape: [usize; D], mut next: impl FnMut() -> f32) -> Param<Tensor<D>> {
-        let values: Vec<f32> = (0..shape.iter().product()).map(|_| next()).collect();
-        Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), (&self.device, self.adapter_dtype())))
+    ///
+    /// # Errors
+    /// When they are more than the file has that the adapter is for, or than there is memory for.
+    pub fn param<const D: usize>(&self, shape: [usize; D], mut next: impl FnMut() -> f32) -> Result<Param<Tensor<D>>> {
+        let count = shape.iter().try_fold(1_usize, |count, dim| count.checked_mul(*dim));
+        let mut values = Vec::new();
+        let count = count.filter(|count| *count <= self.most && values.try_reserve_exact(*count).is_ok());
+        let count = count.ok_or_else(|| {
+            let expected = match self.most {
+                usize::MAX => "values that there is memory for".to_owned(),
+                most => format!("a tensor of its file, of which none has more than {most} values"),
+            };
+            Error::config(format!("the adapter at {}", self.path), expected, format!("{shape:?}"))
+        })?;
+        values.extend((0..count).map(|_| next()));
+        let options = (&self.device, self.adapter_dtype());
+        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), options)))
     }
 
     /// Values from `U(-bound, bound)`.
-    pub fn uniform<const D: usize>(&self, shape: [usize; D], bound: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn uniform<const D: usize>(
+        &self,
+        shape: [usize; D],
+        bound: f32,
+        rng: &mut impl Rng,
+    ) -> Result<Param<Tensor<D>>> {
         use rand::RngExt;
         self.param(shape, || if bound > 0.0 { rng.random_range(-bound..bound) } else { 0.0 })
     }
 
     /// Values from `N(0, std²)`.
-    pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Result<Param<Tensor<D>>> {
         self.normal_around(0.0, shape, std, rng)
     }
 
     /// Values from `N(mean, std²)`.
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
     pub fn normal_around<const D: usize>(
         &self,
         mean: f32,
         shape: [usize; D],
         std: f32,
         rng: &mut impl Rng,
-    ) -> Param<Tensor<D>> {
+    ) -> Result<Param<Tensor<D>>> {
         use rand::RngExt;
         self.param(shape, || mean + std * rng.sample::<f32, _>(rand_distr::StandardNormal))
     }
@@ -109,7 +139,15 @@ impl Site {
     }
 
     /// Values from `N(0, std²)`, drawn again where they are more than two deviations away.
-    pub fn cut_normal<const D: usize>(&self, shape: [usize; D], std: f32, rng: &mut impl Rng) -> Param<Tensor<D>> {
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn cut_normal<const D: usize>(
+        &self,
+        shape: [usize; D],
+        std: f32,
+        rng: &mut impl Rng,
+    ) -> Result<Param<Tensor<D>>> {
         use rand::RngExt;
         const MOST: f32 = 2.0;
         self.param(shape, || {
@@ -123,7 +161,10 @@ impl Site {
     }
 
     /// Zeros.
-    pub fn zeros<const D: usize>(&self, shape: [usize; D]) -> Param<Tensor<D>> {
+    ///
+    /// # Errors
+    /// As [`param`](Self::param).
+    pub fn zeros<const D: usize>(&self, shape: [usize; D]) -> Result<Param<Tensor<D>>> {
         self.param(shape, || 0.0)
     }
 }
@@ -278,6 +319,7 @@ impl ModuleVisitor for Scanner {
                 prompt: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
                 device: param.lazy_device(),
+                most: usize::MAX,
             });
         }
     }

@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 
+use crate::within;
+
 thread_local! {
     /// What [`for_tasks`] was called with, further down this thread's stack.
     static TASKS: RefCell<Option<Vec<usize>>> = const { RefCell::new(None) };
@@ -19,15 +21,7 @@ thread_local! {
 /// assert_eq!(for_tasks(&[1], || tasks(3)), [1, 1, 1]);
 /// ```
 pub fn for_tasks<R>(tasks: &[usize], forward: impl FnOnce() -> R) -> R {
-    /// What held before holds again, whatever way `forward` ends.
-    struct Before(Option<Vec<usize>>);
-    impl Drop for Before {
-        fn drop(&mut self) {
-            TASKS.set(self.0.take());
-        }
-    }
-    let _before = Before(TASKS.replace(Some(tasks.to_vec())));
-    forward()
+    within(&TASKS, tasks.to_vec(), forward)
 }
 
 /// The task of each of the rows of a batch.

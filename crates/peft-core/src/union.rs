@@ -177,6 +177,14 @@ impl<A: Method, B: Method> Method for Union<A, B> {
         A::holds(key) || B::holds(key)
     }
 
+    fn num_tasks(&self) -> Option<usize> {
+        self.first().and_then(A::num_tasks).or_else(|| self.second().and_then(B::num_tasks))
+    }
+
+    fn takes_whole_rows(&self) -> bool {
+        self.first().is_some_and(A::takes_whole_rows) || self.second().is_some_and(B::takes_whole_rows)
+    }
+
     fn has_prompts(&self) -> bool {
         self.first().is_some_and(A::has_prompts) || self.second().is_some_and(B::has_prompts)
     }

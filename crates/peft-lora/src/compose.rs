@@ -1,7 +1,7 @@
 //! `LoRA` as a part of compositions: the end of a linear layer is its place, and its update what it adds.
 
 use burn::tensor::Tensor;
-use peft_core::{Composable, End, LayerKind, Part};
+use peft_core::{Composable, End, Error, LayerKind, Part, Result};
 
 use crate::{LoraAdapter, LoraConfig, LoraExperts};
 
@@ -9,6 +9,13 @@ impl Composable for LoraConfig {
     const COMPOSITION: &'static str = "LORA_COMPOSITION";
     const MIXTURE: &'static str = "LORA_MIXTURE";
     const PLACES: &'static [LayerKind] = &[LayerKind::Linear, LayerKind::Conv1D];
+
+    fn check_expert(&self) -> Result<()> {
+        if self.use_gating {
+            return Err(Error::config("use_gating", "false in an expert: the router opens gates", true));
+        }
+        Ok(())
+    }
 }
 
 impl Part for LoraAdapter {

@@ -16,7 +16,7 @@ use indexmap::IndexMap;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
     Activation, AdapterFile, Base, Error, FileTensor, Gate, GroupedBase, LayerKind, Method, Result, Scan, Site,
-    Targets, pattern_value,
+    Targets, check_size, pattern_value,
 };
 use serde::{Deserialize, Serialize};
 
@@ -186,11 +186,7 @@ impl Method for LoraConfig {
     }
 
     fn check(&self) -> Result<()> {
-        for rank in self.rank_pattern.values().chain([&self.rank]) {
-            if *rank == 0 {
-                return Err(Error::config("r", "a rank of at least 1", rank));
-            }
-        }
+        self.rank_pattern.values().chain([&self.rank]).try_for_each(|rank| check_size("r", *rank))?;
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("lora_dropout", "a probability in 0..1", self.dropout));
         }
@@ -212,13 +208,13 @@ impl Method for LoraConfig {
         let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
         let (a, b) = match (site.kind, self.init_lora_weights) {
             (LayerKind::Embedding, InitWeights::Random) => {
-                (site.normal(a, 1.0, &mut rng), site.normal(b, 1.0, &mut rng))
+                (site.normal(a, 1.0, &mut rng)?, site.normal(b, 1.0, &mut rng)?)
             }
-            (LayerKind::Embedding, _) => (site.zeros(a), site.normal(b, 1.0, &mut rng)),
-            (_, InitWeights::Kaiming) => (site.uniform(a, bound(site.d_in), &mut rng), site.zeros(b)),
-            (_, InitWeights::Gaussian) => (site.normal(a, 1.0 / rank as f32, &mut rng), site.zeros(b)),
+            (LayerKind::Embedding, _) => (site.zeros(a)?, site.normal(b, 1.0, &mut rng)?),
+            (_, InitWeights::Kaiming) => (site.uniform(a, bound(site.d_in), &mut rng)?, site.zeros(b)?),
+            (_, InitWeights::Gaussian) => (site.normal(a, 1.0 / rank as f32, &mut rng)?, site.zeros(b)?),
             (_, InitWeights::Random) => {
-                (site.uniform(a, bound(site.d_in), &mut rng), site.uniform(b, bound(rank), &mut rng))
+                (site.uniform(a, bound(site.d_in), &mut rng)?, site.uniform(b, bound(rank), &mut rng)?)
             }
         };
         let refused = |field: &str, why: &str| {
@@ -227,13 +223,13 @@ impl Method for LoraConfig {
         let bias = match (self.lora_bias, self.init_lora_weights) {
             (false, _) => None,
             (true, _) if site.kind == LayerKind::Embedding => return Err(refused("lora_bias", "has no bias")),
-            (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)),
-            (true, _) => Some(site.zeros([site.d_out])),
+            (true, InitWeights::Random) => Some(site.uniform([site.d_out], bound(rank), &mut rng)?),
+            (true, _) => Some(site.zeros([site.d_out])?),
         };
         let gate = match (self.use_gating, site.kind) {
             (false, _) => None,
             (true, LayerKind::Embedding) => return Err(refused("use_gating", "sees no activations")),
-            (true, _) => Some(Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1))),
+            (true, _) => Some(Gate::new(site, [site.d_in, 1], &mut site.rng(seed ^ 1))?),
         };
         let dropout = DropoutConfig::new(self.dropout).init();
         Ok(LoraAdapter { a, b, bias, gate, scale: self.scale_of(&site.path)?, dropout })

@@ -1,7 +1,7 @@
 //! One type for every decoder that this crate builds.
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft_core::Prompts;
 use peft_core::kernels::Scores;
 
@@ -109,6 +109,25 @@ impl CausalLm {
         let logits = self.head(self.hidden(ids, Layout::Rows, None).flatten(0, 1));
         let vocab = logits.dims()[1];
         logits.reshape([batch, seq, vocab])
+    }
+
+    /// [`forward`](Self::forward) of rows that are padded on the left, as batches from elsewhere may be, by so many tokens each: a token gets the logits that it has without padding, behind
+    /// what is learned in front of its row too. Those at padding mean nothing.
+    ///
+    /// # Panics
+    /// Without a number for each row that is below its length.
+    pub fn forward_left_padded(&self, ids: Tensor<2, Int>, padding: &[usize]) -> Tensor<3> {
+        let ([batch, seq], device) = (ids.dims(), ids.device());
+        let fits = padding.len() == batch && padding.iter().all(|padding| *padding < seq);
+        assert!(fits, "padding {padding:?} of {batch} rows of {seq} tokens");
+        // Rows are turned, so that padding is on the right, where no token sees it, and their logits are turned back.
+        let turned = |by: &dyn Fn(usize) -> usize| {
+            let from = padding.iter().flat_map(|padding| (0..seq).map(move |at| ((at + by(*padding)) % seq) as i64));
+            Tensor::<2, Int>::from_data(TensorData::new(from.collect::<Vec<_>>(), [batch, seq]), &device)
+        };
+        let logits = self.forward(ids.gather(1, turned(&|padding| padding)));
+        let back = turned(&|padding| seq - padding).unsqueeze_dim::<3>(2).repeat_dim(2, logits.dims()[2]);
+        logits.gather(1, back)
     }
 
     /// The same model with an output head apart from the embedding table, where the family allows it.

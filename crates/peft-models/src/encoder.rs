@@ -10,7 +10,7 @@ mod vision;
 use burn::module::Module;
 use burn::nn::{LayerNorm, Linear};
 use burn::tensor::{Device, Int, Tensor};
-use peft_core::{AdapterAware, Embedded, Named, PromptShape, Prompts, linear};
+use peft_core::{AdapterAware, Embedded, Named, PromptShape, Prompts, for_mask, linear};
 
 pub use self::block::Naming;
 use self::block::{Block, Seen, new_norm, norm};
@@ -227,10 +227,16 @@ impl Encoder {
         if let Some(place) = &self.body.invertible_adapters {
             x = place.enter(x);
         }
-        for (at, block) in self.body.layers.iter().enumerate() {
-            show(block, &x);
-            x = block.forward(x, &self.config, &seen, at);
-        }
+        let mask = match &input {
+            Input::Text(text) => text.mask.clone(),
+            Input::Pixels(_) => None,
+        };
+        x = for_mask(mask, || {
+            self.body.layers.iter().enumerate().fold(x, |x, (at, block)| {
+                show(block, &x);
+                block.forward(x, &self.config, &seen, at)
+            })
+        });
         if let Some(of) = &self.body.norm {
             x = norm(of, x, self.config.layer_norm_eps);
         }

@@ -13,14 +13,16 @@ mod pill;
 mod poly;
 mod presets;
 mod router;
+mod task_lora;
 mod xlora;
 
 pub use arrow::ArrowConfig;
 pub use balance::Balance;
 pub use mixlora::{MixLoraAdapter, MixLoraConfig, Projection};
-pub use mixture::{MixtureAdapter, MixtureConfig, task_lora};
+pub use mixture::{MixtureAdapter, MixtureConfig};
 pub use pill::{Expert, Experts, FeatureConfig, PillAdapter, PillConfig, Projector, Shared, ValueGate};
 pub use poly::{PolyAdapter, PolyConfig, PolyType};
 pub use presets::{MolaShape, loramoe, mixlora, moelora, mola, molora, mov};
 pub use router::{Level, Router, RouterConfig, Routing};
+pub use task_lora::task_lora;
 pub use xlora::{XLoraAdapter, XLoraConfig};

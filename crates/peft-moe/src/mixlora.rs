@@ -110,6 +110,10 @@ impl Method for MixLoraConfig {
         self.mixture.num_tasks()
     }
 
+    fn takes_whole_rows(&self) -> bool {
+        self.mixture.takes_whole_rows()
+    }
+
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter> {
         let count = self.mixture.experts_at(&site.path)?;
         let experts = |projection: Projection, name: &str| -> Result<Option<LoraExperts>> {
@@ -127,7 +131,7 @@ impl Method for MixLoraConfig {
             gate: experts(Projection::Gate, "gate")?,
             up: experts(Projection::Up, "up")?,
             down: experts(Projection::Down, "down")?,
-            router: self.mixture.router_at(site, count, seed),
+            router: self.mixture.router_at(site, count, seed)?,
         })
     }
 

@@ -7,14 +7,13 @@
 //!
 //! All experts of `LoRA` are one operation: [`low_rank_experts`](peft_core::kernels::low_rank_experts).
 
+use std::ops::RangeInclusive;
+
 use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
-use peft_core::files::Values;
 use peft_core::{
-    Activation, AdapterFile, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part, Result, Site,
-    Targets,
+    Activation, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part, Result, Site, Targets,
 };
-use peft_lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::balance::Balance;
@@ -75,6 +74,22 @@ fn one() -> f64 {
     1.0
 }
 
+/// As many experts as a place has at most, of each sort.
+const MOST_EXPERTS: usize = 4096;
+
+/// Refuses a number of things that makes no sense, or that no memory holds.
+pub(crate) fn check_count(field: &str, allowed: RangeInclusive<usize>, count: usize) -> Result<()> {
+    if allowed.contains(&count) {
+        return Ok(());
+    }
+    Err(Error::config(field, format!("from {} to {}", allowed.start(), allowed.end()), count))
+}
+
+/// The number of the block that a layer is in; nothing for one that is in none.
+pub(crate) fn block_of(path: &str) -> Option<usize> {
+    path.split('.').find_map(|part| part.parse().ok())
+}
+
 impl<M: Method> MixtureConfig<M> {
     /// So many experts on the targets of one, nothing balanced.
     pub fn new(expert: M, num_experts: usize, router: RouterConfig) -> Self {
@@ -106,9 +121,18 @@ impl<M: Method> MixtureConfig<M> {
     }
 
     /// The router of one place with so many experts.
-    pub(crate) fn router_at(&self, site: &Site, experts: usize, seed: u64) -> Router {
+    pub(crate) fn router_at(&self, site: &Site, experts: usize, seed: u64) -> Result<Router> {
         let look = Look { level: self.level, temperature: self.temperature, jitter: self.jitter };
         Router::new(&self.router, look, &self.balance, site, experts, !seed)
+    }
+
+    /// How many experts layers can have.
+    fn counts(&self) -> &[usize] {
+        if self.experts_per_layer.is_empty() {
+            std::slice::from_ref(&self.num_experts)
+        } else {
+            &self.experts_per_layer
+        }
     }
 
     /// How many experts a layer has.
@@ -119,8 +143,7 @@ impl<M: Method> MixtureConfig<M> {
         if self.experts_per_layer.is_empty() {
             return Ok(self.num_experts);
         }
-        let layer = path.split('.').find_map(|part| part.parse::<usize>().ok());
-        let count = layer.and_then(|layer| self.experts_per_layer.get(layer));
+        let count = block_of(path).and_then(|block| self.experts_per_layer.get(block));
         count.copied().ok_or_else(|| {
             let expected = format!("a number for each layer, and for {path} too");
             Error::config("experts_per_layer", expected, format!("{:?}", self.experts_per_layer))
@@ -141,9 +164,9 @@ impl<E: Experts<A>, A: Part> MixtureAdapter<E, A> {
         let (seen, residual) = self.experts.sees(&end);
         let (dtype, gates) = (residual.dtype(), self.router.route(end.input.clone()).gates);
         let mixed = self.experts.mixed(seen.clone(), gates);
-        let shared = self.shared.iter().map(|expert| expert.update(seen.clone()));
-        let update = shared.fold(mixed, |sum, update| sum + update);
-        self.experts.close(residual + update.cast(dtype), end)
+        let hidden = residual + mixed.cast(dtype);
+        let hidden = self.shared.iter().fold(hidden, |hidden, expert| expert.through(seen.clone(), hidden));
+        self.experts.close(hidden, end)
     }
 }
 
@@ -191,11 +214,13 @@ impl<M: Composable> Method for MixtureConfig<M> {
     fn check(&self) -> Result<()> {
         self.expert.check()?;
         self.expert.check_part()?;
+        self.expert.check_expert()?;
         self.router.check()?;
-        for count in self.experts_per_layer.iter().chain([&self.num_experts]) {
-            if *count == 0 {
-                return Err(Error::config("num_experts", "at least 1", count));
-            }
+        check_count("num_experts", 1..=MOST_EXPERTS, self.num_experts)?;
+        check_count("num_shared", 0..=MOST_EXPERTS, self.num_shared)?;
+        for count in self.counts() {
+            check_count("experts_per_layer", 1..=MOST_EXPERTS, *count)?;
+            self.router.check_experts(*count)?;
             self.balance.check(*count)?;
         }
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
@@ -211,9 +236,17 @@ impl<M: Composable> Method for MixtureConfig<M> {
         M::PLACES
     }
 
+    fn leaves_out(&self, path: &str) -> bool {
+        self.expert.leaves_out(path)
+    }
+
     fn num_tasks(&self) -> Option<usize> {
         let RouterConfig::Task { num_tasks, .. } = self.router else { return None };
         Some(num_tasks)
+    }
+
+    fn takes_whole_rows(&self) -> bool {
+        self.num_tasks().is_some() || self.level == Level::Sequence || self.balance.localised > 0.0
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<Self::Adapter> {
@@ -221,7 +254,7 @@ impl<M: Composable> Method for MixtureConfig<M> {
         let expert = |number: usize| self.expert.init(site, seed.wrapping_add(number as u64));
         let experts = Experts::of((0..count).map(expert).collect::<Result<_>>()?);
         let shared = (count..count + self.num_shared).map(expert).collect::<Result<_>>()?;
-        let adapter = MixtureAdapter { experts, shared, router: self.router_at(site, count, seed) };
+        let adapter = MixtureAdapter { experts, shared, router: self.router_at(site, count, seed)? };
         Ok(if matches!(self.router, RouterConfig::Arrow { .. }) { adapter.no_grad() } else { adapter })
     }
 
@@ -258,61 +291,4 @@ impl<M: Composable> Method for MixtureConfig<M> {
     fn unmergeable(&self, _site: &Site) -> Option<String> {
         Some(ROUTED.to_owned())
     }
-}
-
-/// What a mixture by task is for one task: one `LoRA`, whose rank is that of all experts together, and which merges as any other.
-///
-/// `Σₑ gₑ·s·Aₑ·Bₑ` is `s·[A₁ … Aₙ]·[g₁·B₁; …; gₙ·Bₙ]`.
-///
-/// # Errors
-/// When the router looks at its input, the experts have biases or numbers by layer, there is no such task, or a tensor is missing.
-pub fn task_lora(file: &AdapterFile<MixtureConfig<LoraConfig>>, task: usize) -> Result<AdapterFile<LoraConfig>> {
-    let method = &file.method;
-    let count = method.num_tasks().filter(|_| method.num_shared == 0 && method.experts_per_layer.is_empty());
-    let count = count.ok_or_else(|| {
-        let expected = "a router by task, with the same experts in all layers and none that is shared";
-        Error::config("router", expected, format!("{:?}", method.router))
-    })?;
-    if task >= count {
-        return Err(Error::config("task", format!("one below {count}"), task));
-    }
-    let experts = method.num_experts;
-    let lora = LoraConfig {
-        rank: method.expert.rank * experts,
-        alpha: method.expert.alpha * experts as f64,
-        targets: method.targets.clone(),
-        ..method.expert.clone()
-    };
-    let mut tensors = std::collections::BTreeMap::new();
-    for path in file.tensors.keys().filter_map(|key| key.strip_suffix(".router.weight")) {
-        let gates = gates_of(file, path, task)?;
-        // In the file `[experts · rank, d_in]` and `[d_out, experts · rank]`.
-        let factor = |key: &str| tensor(file, &format!("{path}.{EXPERTS}.{key}"));
-        let (down, mut up) = (factor("lora_A.weight")?.clone(), factor("lora_B.weight")?.clone());
-        let rank = down.shape[0] / experts;
-        up.values.iter_mut().enumerate().for_each(|(at, value)| *value *= gates[at / rank % experts]);
-        tensors.insert(format!("{path}.lora_A.weight"), down);
-        tensors.insert(format!("{path}.lora_B.weight"), up);
-    }
-    if let Some(key) = file.tensors.keys().find(|key| key.ends_with("lora_B.bias")) {
-        return Err(Error::config("lora_bias", "false", key));
-    }
-    let (base_model, task_type) = (file.base_model.clone(), file.task_type.clone());
-    Ok(AdapterFile { method: lora, base_model, task_type, base_fingerprint: file.base_fingerprint.clone(), tensors })
-}
-
-fn tensor<'a, M>(file: &'a AdapterFile<M>, key: &str) -> Result<&'a Values> {
-    file.tensors.get(key).ok_or_else(|| Error::config(key, "a tensor of the file", "none"))
-}
-
-/// `softmax(e·W)` of a task, from the file.
-fn gates_of<M>(file: &AdapterFile<M>, path: &str, task: usize) -> Result<Vec<f32>> {
-    let weight = tensor(file, &format!("{path}.router.weight"))?; // [experts, embedding_dim]
-    let embeddings = tensor(file, &format!("{path}.router.task_embeddings"))?; // [num_tasks, embedding_dim]
-    let width = weight.shape[1];
-    let embedding = &embeddings.values[task * width..(task + 1) * width];
-    let logits = weight.values.chunks(width).map(|row| row.iter().zip(embedding).map(|(a, b)| a * b).sum::<f32>());
-    let powers: Vec<f32> = logits.map(f32::exp).collect();
-    let sum: f32 = powers.iter().sum();
-    Ok(powers.into_iter().map(|power| power / sum).collect())
 }

@@ -199,10 +199,10 @@ impl Method for PillConfig {
         let rng = &mut site.rng(seed);
         let mut expert = || Expert::new(site, self.adapter_dim, rng);
         Ok(match (site.kind, self.features) {
-            (LayerKind::Prompts, Some(features)) => PillAdapter::Projector(Projector::new(features, site, rng)),
+            (LayerKind::Prompts, Some(features)) => PillAdapter::Projector(Projector::new(features, site, rng)?),
             (kind, _) if kind.multiplies() => PillAdapter::Gate(ValueGate::new(site)?),
-            _ if self.tells_apart(&site.path)? => PillAdapter::Experts(Experts { text: expert(), image: expert() }),
-            _ => PillAdapter::Shared(Shared { shared: expert() }),
+            _ if self.tells_apart(&site.path)? => PillAdapter::Experts(Experts { text: expert()?, image: expert()? }),
+            _ => PillAdapter::Shared(Shared { shared: expert()? }),
         })
     }
 

@@ -13,9 +13,13 @@ use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Distribution, Int, Tensor};
 use peft_core::files::Values;
-use peft_core::{Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, tasks};
+use peft_core::{
+    Activation, AdapterFile, Base, Error, FileTensor, LayerKind, Method, Result, Site, Targets, check_size, tasks,
+};
 use peft_lora::LoraConfig;
 use serde::{Deserialize, Serialize};
+
+use crate::mixture::check_count;
 
 /// Configuration of Poly; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -165,6 +169,11 @@ const A: &str = "poly_lora_A";
 const B: &str = "poly_lora_B";
 const LOGITS: &str = "poly_router.module_logits";
 
+/// As many tasks as there are at most, and splits.
+const MOST: usize = 65_536;
+/// As many skills.
+const MOST_SKILLS: usize = 4096;
+
 /// Keeps a task that has none of any skill from a division by zero.
 const NOTHING: f64 = 1e-12;
 
@@ -236,12 +245,10 @@ impl Method for PolyConfig {
     }
 
     fn check(&self) -> Result<()> {
-        let counts =
-            [("r", self.rank), ("n_tasks", self.n_tasks), ("n_skills", self.n_skills), ("n_splits", self.n_splits)];
-        match counts.into_iter().find(|(_, count)| *count == 0) {
-            Some((field, _)) => Err(Error::config(field, "at least 1", 0)),
-            None => Ok(()),
-        }
+        check_size("r", self.rank)?;
+        check_count("n_tasks", 1..=MOST, self.n_tasks)?;
+        check_count("n_splits", 1..=MOST, self.n_splits)?;
+        check_count("n_skills", 1..=MOST_SKILLS, self.n_skills)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PolyAdapter> {
@@ -252,10 +259,10 @@ impl Method for PolyConfig {
         }
         let (mut rng, part) = (site.rng(seed), site.d_in / splits);
         let bound = |fan_in: usize| 1.0 / (fan_in as f32).sqrt();
-        let a = site.uniform([splits, skills, part, rank], bound(part), &mut rng);
+        let a = site.uniform([splits, skills, part, rank], bound(part), &mut rng)?;
         let shape = [splits, skills, rank, site.d_out / splits];
-        let b = if self.init_weights { site.zeros(shape) } else { site.uniform(shape, bound(rank), &mut rng) };
-        Ok(PolyAdapter { a, b, logits: site.uniform([self.n_tasks, splits * skills], UNDECIDED, &mut rng) })
+        let b = if self.init_weights { site.zeros(shape)? } else { site.uniform(shape, bound(rank), &mut rng)? };
+        Ok(PolyAdapter { a, b, logits: site.uniform([self.n_tasks, splits * skills], UNDECIDED, &mut rng)? })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

@@ -12,6 +12,8 @@ pub fn molora(targets: Targets) -> MixtureConfig<LoraConfig> {
 }
 
 /// `MoV`: 10 vectors of (IA)³, all of them as far as the router likes them. Zadouri et al. 2023, arXiv:2309.05444, section 3.
+///
+/// The router reads the layer's input, as all do here; that of the authors' library reads the vector that it scales, which is the layer's output.
 pub fn mov(targets: Targets) -> MixtureConfig<Ia3Config> {
     MixtureConfig::new(Ia3Config::new(targets), 10, RouterConfig::Soft)
 }
@@ -32,7 +34,7 @@ pub fn mixlora(targets: Targets) -> MixLoraConfig {
     MixLoraConfig { mixture, projections: Projection::ALL.to_vec() }
 }
 
-/// `MOELoRA`: 8 `LoRA`s of rank 2, mixed by the task of a row; one `LoRA` for each task afterwards, see [`task_lora`](crate::task_lora). Liu et al. 2023, arXiv:2310.18339, section 4.
+/// `MOELoRA`: 8 `LoRA`s of rank 2, mixed by the task of a row; one `LoRA` for each task afterwards, see [`task_lora`](crate::task_lora()). Liu et al. 2023, arXiv:2310.18339, section 4.
 pub fn moelora(targets: Targets, num_tasks: usize) -> MixtureConfig<LoraConfig> {
     let router = RouterConfig::Task { num_tasks, embedding_dim: 64 };
     MixtureConfig::new(LoraConfig::new(2, targets).with_alpha(2.0), 8, router)

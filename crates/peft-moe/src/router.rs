@@ -1,19 +1,23 @@
 //! Routers: how far each expert's gate is open for a row.
 //!
-//! With `z = x·W / temperature`, or `z = e·W` of a task's embedding `e`, and `p = softmax(z)`:
+//! With `z = x·W / temperature`, or `z = e·W / temperature` of a task's embedding `e`, and `p = softmax(z)`:
 //! - soft: `g = p` (Zadouri et al. 2023, arXiv:2309.05444, section 3.2)
 //! - top-k: `g = p` for the `k` largest, divided by their sum, and zero for all others (Shazeer et al. 2017, arXiv:1701.06538; `MixLoRA`, arXiv:2404.15159)
-//! - top-p: the same for the fewest experts whose probabilities reach `p` together (Huang et al. 2024, arXiv:2403.07652)
+//! - top-p: the same for the fewest experts whose probabilities reach `p` together, the first of equals first (Huang et al. 2024, arXiv:2403.07652)
 //! - switch: `g = p` for the largest alone (Fedus et al. 2022, arXiv:2101.03961)
 //! - arrow: as top-k, with `z = |x·W| / temperature` (Ostapenko et al. 2024, arXiv:2405.11157)
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Distribution, Int, Tensor};
-use peft_core::{Auxiliary, Error, Result, Site, say_auxiliary, tasks};
+use peft_core::{Auxiliary, Error, Result, Site, mask, mean_of_tokens, say_auxiliary, tasks};
 use serde::{Deserialize, Serialize};
 
-use crate::balance::{Balance, entropy, load};
+use crate::balance::{Balance, Rows, entropy, load};
+use crate::mixture::check_count;
+
+/// As many tasks as there are at most, and the width of the widest embedding of one.
+const MOST: usize = 65_536;
 
 /// What opens gates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,7 +58,7 @@ pub enum Level {
     /// Each token.
     #[default]
     Token,
-    /// Each row of the batch, by the mean of its tokens: for models that read a text whole.
+    /// Each row of the batch, by the mean of its tokens, [padding](peft_core::for_mask) left out: for models that read a text whole.
     Sequence,
 }
 
@@ -105,8 +109,19 @@ impl RouterConfig {
             Self::TopP { p } if !(*p > 0.0 && *p <= 1.0) => {
                 Err(Error::config("router", "top_p of a probability above 0", p))
             }
-            Self::Task { num_tasks, embedding_dim } if *num_tasks == 0 || *embedding_dim == 0 => {
-                Err(Error::config("router", "a task at least, and an embedding that is not empty", 0))
+            Self::Task { num_tasks, embedding_dim } => {
+                check_count("router.num_tasks", 1..=MOST, *num_tasks)?;
+                check_count("router.embedding_dim", 1..=MOST, *embedding_dim)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses to open more gates than a layer with so many experts has.
+    pub(crate) fn check_experts(&self, experts: usize) -> Result<()> {
+        match self {
+            Self::TopK { k } | Self::Arrow { k } if *k > experts => {
+                Err(Error::config("router", format!("top_k of at most {experts}, the experts of a layer"), k))
             }
             _ => Ok(()),
         }
@@ -131,12 +146,16 @@ impl RouterConfig {
     }
 }
 
-/// 1 for each expert before which those that are more likely do not make up `p` yet.
+/// 1 for each expert before which those that are more likely, the first of equals before the others, do not make up `p` yet.
 fn making_up(probabilities: &Tensor<2>, p: f64) -> Tensor<2> {
     let ([rows, experts], dtype) = (probabilities.dims(), probabilities.dtype());
     let each = |dim| probabilities.clone().detach().unsqueeze_dim::<3>(dim).expand([rows, experts, experts]);
     let (own, other) = (each(2), each(1));
-    let before = other.clone().greater(own).float().cast(dtype);
+    let numbers = Tensor::<1, Int>::arange(0..experts as i64, &probabilities.device());
+    let number = |shape: [usize; 3]| numbers.clone().reshape(shape).expand([rows, experts, experts]);
+    let earlier = number([1, 1, experts]).lower(number([1, experts, 1]));
+    let equal = other.clone().equal(own.clone());
+    let before = other.clone().greater(own).bool_or(equal.bool_and(earlier)).float().cast(dtype);
     let made_up: Tensor<2> = (before * other).sum_dim(2).squeeze_dim(2);
     made_up.lower_elem(p).float().cast(dtype)
 }
@@ -163,6 +182,9 @@ pub(crate) fn one_by_one(probabilities: &Tensor<2>, k: usize) -> Vec<Tensor<2>> 
 
 impl Router {
     /// The router of one place, which starts undecided.
+    ///
+    /// # Errors
+    /// As [`Site::param`].
     pub(crate) fn new(
         config: &RouterConfig,
         look: Look,
@@ -170,17 +192,18 @@ impl Router {
         site: &Site,
         experts: usize,
         seed: u64,
-    ) -> Self {
+    ) -> Result<Self> {
         const STD: f32 = 0.02;
         let mut rng = site.rng(seed);
         let (width, embeddings) = match config {
             RouterConfig::Task { num_tasks, embedding_dim } => {
-                (*embedding_dim, Some(site.normal([*num_tasks, *embedding_dim], 1.0, &mut rng)))
+                (*embedding_dim, Some(site.normal([*num_tasks, *embedding_dim], 1.0, &mut rng)?))
             }
             _ => (site.d_in, None),
         };
-        let weight = site.normal([width, experts], STD, &mut rng);
-        Self { weight, embeddings, config: config.clone(), look, balance: balance.clone(), path: site.path.clone() }
+        let weight = site.normal([width, experts], STD, &mut rng)?;
+        let path = site.path.clone();
+        Ok(Self { weight, embeddings, config: config.clone(), look, balance: balance.clone(), path })
     }
 
     /// Gates for `x` `[batch, seq, d_in]`; says what they are to who listens.
@@ -188,9 +211,10 @@ impl Router {
         let [batch, seq, _] = x.dims();
         let routing = self.decide(x);
         say_auxiliary(|| {
-            let load = load(&routing.chosen);
-            let loss = self.balance.loss(&routing, &load, [batch, seq]);
-            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing.probabilities) }
+            let rows = Rows::of([batch, seq], routing.logits.dtype());
+            let load = load(&routing.chosen, &rows);
+            let loss = self.balance.loss(&routing, &load, &rows);
+            Auxiliary { path: self.path.clone(), loss, load, entropy: entropy(&routing.probabilities, &rows) }
         });
         routing
     }
@@ -213,7 +237,10 @@ impl Router {
                 let of = Tensor::<1, Int>::from_data(&of[..], &x.device());
                 (embeddings.val().cast(dtype).select(0, of), seq)
             }
-            (None, Level::Sequence) => (jittered(x.cast(dtype).mean_dim(1).squeeze_dim(1), look.jitter), seq),
+            (None, Level::Sequence) => {
+                let mean = mean_of_tokens(x.cast(dtype), mask([batch, seq]).as_ref());
+                (jittered(mean.squeeze_dim(1), look.jitter), seq)
+            }
             (None, Level::Token) => (jittered(x.cast(dtype).reshape([batch * seq, d_in]), look.jitter), 1),
         };
         let logits = rows.matmul(weight) / look.temperature;

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use self::adapter::Mix;
 pub use self::adapter::XLoraAdapter;
 use self::classifier::Classifier;
+use crate::mixture::{block_of, check_count};
 
 /// Configuration of X-LoRA; its JSON is Hugging Face's `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -136,8 +137,8 @@ impl XLoraConfig {
 /// Why it is no part of a weight.
 const BY_TOKEN: &str = "a classifier says token by token how far each expert counts";
 
-/// What is computed when a model's passes are over already.
-const HEAD: &str = "lm_head";
+/// As many layers as the classifier has at most.
+const DEEPEST: usize = 64;
 
 impl Method for XLoraConfig {
     const PEFT_TYPE: &'static str = "XLORA";
@@ -150,7 +151,6 @@ impl Method for XLoraConfig {
     fn check(&self) -> Result<()> {
         for (field, count) in [
             ("hidden_size", self.hidden_size),
-            ("xlora_depth", self.xlora_depth),
             ("xlora_size", self.xlora_size),
             ("top_k_lora", self.top_k_lora.unwrap_or(1)),
         ] {
@@ -158,6 +158,7 @@ impl Method for XLoraConfig {
                 return Err(Error::config(field, "at least 1", 0));
             }
         }
+        check_count("xlora_depth", 1..=DEEPEST, self.xlora_depth)?;
         if self.experts.iter().any(|expert| expert.use_gating) {
             return Err(Error::config("use_gating", "false: the classifier opens gates", true));
         }
@@ -198,8 +199,10 @@ impl Method for XLoraConfig {
                 problems.push(Problem::Kind { path, expected, found });
             } else if !site.aware {
                 problems.push(Problem::NotAware { path, reason });
-            } else if path.rsplit('.').next() == Some(HEAD) {
-                problems.push(Problem::Other { path, what: "it is computed outside of the model's passes".to_owned() });
+            } else if block_of(&path).is_none() {
+                // Heads and poolers come when the passes are over.
+                let what = "it is in no block, and so computed outside of the model's passes".to_owned();
+                problems.push(Problem::Other { path, what });
             }
         }
         match found.sites.iter().find(|site| site.kind == LayerKind::Prompts) {
@@ -228,7 +231,7 @@ impl Method for XLoraConfig {
         let adapter = |(layer, site): (usize, &&Site)| -> Result<XLoraAdapter> {
             let path = site.path.clone();
             if site.kind == LayerKind::Prompts {
-                let classifier = Classifier::new(self, site, layers, &mut site.rng(seed));
+                let classifier = Classifier::new(self, site, layers, &mut site.rng(seed))?;
                 return Ok(XLoraAdapter { classifier: Some(classifier), experts: Vec::new(), layer, path, mix });
             }
             let expert = |(number, expert): (usize, &LoraConfig)| -> Result<Option<LoraAdapter>> {

@@ -64,9 +64,9 @@ impl PromptAdapter {
         Self { factors: Some(factors), ..self }
     }
 
-    /// What an encoder makes, for the file.
+    /// What an encoder makes, for the file: without the dropout of training.
     pub(crate) fn computed(&self) -> Option<(&'static str, Tensor<2>)> {
-        self.encoder.as_ref().map(|encoder| (KEY, encoder.forward(None).squeeze_dim(0)))
+        self.encoder.as_ref().map(|encoder| (KEY, encoder.valid().forward(None).squeeze_dim(0)))
     }
 
     /// What is learned for the rows of a batch, `[1 or batch, n, values of a token]`.
@@ -201,11 +201,6 @@ pub(crate) fn shape_of(site: &Site, n: usize) -> Result<PromptShape> {
         return Err(Error::config("num_virtual_tokens", expected, n));
     }
     Ok(shape)
-}
-
-/// Refuses a prompt of no tokens.
-pub(crate) fn check_count(n: usize) -> Result<()> {
-    if n == 0 { Err(Error::config("num_virtual_tokens", "at least 1", n)) } else { Ok(()) }
 }
 
 /// The weight form: there is none, and what it would change is not read.

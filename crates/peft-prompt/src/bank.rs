@@ -2,18 +2,20 @@
 //!
 //! - formula: for a row of task `t` what a prompt or a prefix of its own would be, `Pₜ` of `P: [num_tasks·n, …]`
 //! - source: Lester et al. 2021, arXiv:2104.08691, sections 2 (one model for many tasks in a batch) and 6 (ensembles: the same rows once for each prompt, and the mean or
-//!   the majority of what they give)
+//!   the majority of what they give: [`ensemble`])
 //! - trained: `num_tasks` times the values of one
 //! - at init: no identity
 //!
 //! The model is computed inside [`for_tasks`](peft_core::for_tasks), which says of what task each row is.
 
+use burn::tensor::activation::softmax;
+use burn::tensor::{Int, Tensor};
 use peft_core::files::Values;
-use peft_core::{AdapterFile, Error, Method, Result, Site};
+use peft_core::{AdapterFile, Error, Method, Result, Site, check_size, for_tasks};
 use serde::{Deserialize, Serialize};
 
-use crate::Besides;
-use crate::adapter::{KEY, PromptAdapter, Use, check_count, of_prompts, shape_of};
+use crate::adapter::{KEY, PromptAdapter, Use, of_prompts, shape_of};
+use crate::{Besides, PTuningConfig, PrefixTuningConfig, PromptTuningConfig};
 
 /// Configuration of a bank of prompts, or of prefixes. Its file is our own: a prompt's, with the prompts one below the other.
 ///
@@ -69,25 +71,90 @@ impl PromptBankConfig {
     /// The bank of prompts that were learned one by one, for tasks in that order; encoders are not needed any more and are left out.
     ///
     /// # Errors
-    /// When there is none, their lengths differ, or a file holds something besides its prompt.
-    pub fn of<M: Method<Adapter = PromptAdapter>>(files: &[AdapterFile<M>]) -> Result<AdapterFile<Self>> {
+    /// When there is none, their lengths or their bases differ, or one has more than a prompt that stands in front of all that is read.
+    pub fn of<M: Banked>(files: &[AdapterFile<M>]) -> Result<AdapterFile<Self>> {
         let first = files.first().ok_or_else(|| Error::config("num_tasks", "at least 1", 0))?;
         let mut values = Vec::new();
         let shape = prompt_in(first)?.shape.clone();
         for file in files {
+            file.method.check_banked()?;
             let prompt = prompt_in(file)?;
             if prompt.shape != shape {
                 return Err(Error::config(KEY, format!("{shape:?}, as in the first"), format!("{:?}", prompt.shape)));
             }
+            if file.base_fingerprint != first.base_fingerprint {
+                return Err(Error::config("base_model_name_or_path", "the base of the first", "another one"));
+            }
             values.extend_from_slice(&prompt.values);
         }
         let [n, width] = shape[..] else { return Err(Error::config(KEY, "a matrix", format!("{shape:?}"))) };
-        let prefixes = M::PEFT_TYPE == crate::PrefixTuningConfig::PEFT_TYPE;
-        let method = Self { prefixes, ..Self::new(n, files.len()) };
+        let method = Self { prefixes: M::PREFIXES, ..Self::new(n, files.len()) };
         let tensors = [(KEY.to_owned(), Values { shape: vec![n * files.len(), width], values })].into();
         let (base_model, task_type) = (first.base_model.clone(), first.task_type.clone());
         Ok(AdapterFile { method, base_model, task_type, base_fingerprint: first.base_fingerprint.clone(), tensors })
     }
+}
+
+/// A method whose prompts a bank can hold.
+pub trait Banked: Method<Adapter = PromptAdapter> {
+    /// Whether they are prefixes.
+    const PREFIXES: bool = false;
+
+    /// Refuses a prompt that does not stand in front of all that is read, the same for every text, which is all that a row of a bank can have of its own.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    fn check_banked(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Banked for PromptTuningConfig {}
+
+impl Banked for PTuningConfig {
+    fn check_banked(&self) -> Result<()> {
+        if let Some(token) = self.placeholder_token_id {
+            return Err(Error::config("placeholder_token_id", "null in a bank", token));
+        }
+        if self.input_conditioned {
+            return Err(Error::config("input_conditioned", "false in a bank", true));
+        }
+        Ok(())
+    }
+}
+
+impl Banked for PrefixTuningConfig {
+    const PREFIXES: bool = true;
+
+    fn check_banked(&self) -> Result<()> {
+        if self.unshifted {
+            return Err(Error::config("unshifted", "false in a bank", true));
+        }
+        if self.layers_to_transform.is_some() || !self.leave_out.is_empty() {
+            let found = format!("{:?} without {:?}", self.layers_to_transform, self.leave_out);
+            return Err(Error::config("layers_to_transform", "all blocks in a bank", found));
+        }
+        Ok(())
+    }
+}
+
+/// What all prompts of a bank say of a text together: the mean of the probabilities that each of them gives, in one batch.
+///
+/// `forward` is the model, given the text once for each prompt.
+///
+/// # Shapes
+/// `ids`: `[batch, seq]`; logits `[prompts · batch, …, classes]`; result `[batch, …, classes]`, whose last dimension sums to one
+pub fn ensemble<const D: usize>(
+    prompts: usize,
+    ids: Tensor<2, Int>,
+    forward: impl FnOnce(Tensor<2, Int>) -> Tensor<D>,
+) -> Tensor<D> {
+    let [batch, _] = ids.dims();
+    let tasks: Vec<usize> = (0..prompts).flat_map(|prompt| std::iter::repeat_n(prompt, batch)).collect();
+    let logits = for_tasks(&tasks, || forward(ids.repeat_dim(0, prompts)));
+    let p = softmax(logits, D - 1);
+    let each = (0..prompts).map(|prompt| p.clone().narrow(0, prompt * batch, batch));
+    each.reduce(|sum, p| sum + p).expect("a prompt at least") / prompts as f64
 }
 
 /// The prompt in a file, which holds nothing else that is used.
@@ -110,10 +177,8 @@ impl Method for PromptBankConfig {
     }
 
     fn check(&self) -> Result<()> {
-        if self.num_tasks == 0 {
-            return Err(Error::config("num_tasks", "at least 1", 0));
-        }
-        check_count(self.num_virtual_tokens)
+        check_size("num_tasks", self.num_tasks)?;
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
@@ -124,7 +189,7 @@ impl Method for PromptBankConfig {
         } else {
             (shape.width, Use::Tokens { placeholder: None })
         };
-        let values = site.normal([self.num_tasks * n, width], 1.0, &mut site.rng(seed));
+        let values = site.normal([self.num_tasks * n, width], 1.0, &mut site.rng(seed))?;
         Ok(PromptAdapter::direct(values, n, used))
     }
 }

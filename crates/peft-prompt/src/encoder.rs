@@ -10,7 +10,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, activation};
-use peft_core::{Dense, Reading, Site, Start};
+use peft_core::{Dense, Reading, Result, Site, Start};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -73,10 +73,10 @@ impl Encoder {
         [n, width, inner, out]: [usize; 4],
         between: Between,
         rng: &mut impl Rng,
-    ) -> Self {
-        let embedding = site.normal([n, width], 1.0, rng);
-        let transform = vec![dense(site, width, inner, rng), dense(site, inner, out, rng)];
-        Self { embedding, transform, between, lstm_head: None, mlp_head: Vec::new(), conditioned: false }
+    ) -> Result<Self> {
+        let embedding = site.normal([n, width], 1.0, rng)?;
+        let transform = vec![dense(site, width, inner, rng)?, dense(site, inner, out, rng)?];
+        Ok(Self { embedding, transform, between, lstm_head: None, mlp_head: Vec::new(), conditioned: false })
     }
 
     /// Those of P-tuning: `[n, width]` through `inner` to the same.
@@ -86,17 +86,18 @@ impl Encoder {
         [n, width, inner, depth]: [usize; 4],
         dropout: f64,
         rng: &mut impl Rng,
-    ) -> Self {
-        let embedding = site.normal([n, width], 1.0, rng);
+    ) -> Result<Self> {
+        let embedding = site.normal([n, width], 1.0, rng)?;
         let (lstm_head, widths) = match kind {
             EncoderKind::Mlp => (None, vec![width, inner, inner, width]),
             EncoderKind::Lstm => {
-                let lstm = Lstm::new(site, [width, inner, depth], dropout, rng);
+                let lstm = Lstm::new(site, [width, inner, depth], dropout, rng)?;
                 (Some(lstm), vec![2 * inner, 2 * inner, width])
             }
         };
-        let mlp_head = widths.windows(2).map(|pair| dense(site, pair[0], pair[1], rng)).collect();
-        Self { embedding, transform: Vec::new(), between: Between::Tanh, lstm_head, mlp_head, conditioned: false }
+        let mlp_head = widths.windows(2).map(|pair| dense(site, pair[0], pair[1], rng)).collect::<Result<_>>()?;
+        let transform = Vec::new();
+        Ok(Self { embedding, transform, between: Between::Tanh, lstm_head, mlp_head, conditioned: false })
     }
 
     /// The same with prompts that depend on the text; for an LSTM.
@@ -151,6 +152,6 @@ fn through(layers: &[Dense], mut x: Tensor<2>, between: impl Fn(Tensor<2>) -> Te
 }
 
 /// A linear layer as PyTorch starts one.
-fn dense(site: &Site, d_in: usize, d_out: usize, rng: &mut impl Rng) -> Dense {
+fn dense(site: &Site, d_in: usize, d_out: usize, rng: &mut impl Rng) -> Result<Dense> {
     Dense::new(site, [d_in, d_out], Start::Kaiming, rng)
 }

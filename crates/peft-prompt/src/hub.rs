@@ -3,7 +3,7 @@
 //! Keys there: `{model}.prefix_tuning.prefix_tunings.{name}.self_prefix.…`; where no key begins with the model's name the library finds the prefix too. A gate is in its block: `{model}.encoder.layer.0.attention.self.prefix_tuning.prefix_gates.{name}.weight`.
 //! What is learned has the same order as here, block by block, keys first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use peft_core::files::{ENCODER_PREFIX, HUB_TENSOR_FILE, HubFolder, Values};
 use peft_core::{AdapterFile, Error, Method as _, Problem, Result};
@@ -27,6 +27,9 @@ const ENCODER: [(&str, &str); 5] = [
     ("control_trans.2.weight", "transform.2.weight"),
     ("control_trans.2.bias", "transform.2.bias"),
 ];
+
+/// More than any model has: the number of a block is from a file.
+const MOST_BLOCKS: usize = 1 << 16;
 
 /// By the model's name: what is before the number of a block, and what the self-attention in it is called.
 const BLOCKS: [(&str, &str, &str); 3] = [
@@ -146,7 +149,7 @@ fn gate_here(method: &PrefixTuningConfig, module: &str, parameter: &str) -> Opti
 fn gate_there(method: &PrefixTuningConfig, key: &str, name: &str) -> Option<String> {
     let (model, rest) = key.split_once(&format!(".{PLACE}.{GATES}."))?;
     let (number, parameter) = rest.split_once('.')?;
-    let block = (0..).filter(|block| !method.leave_out.contains(block)).nth(number.parse().ok()?)?;
+    let block = (0..MOST_BLOCKS).filter(|block| !method.leave_out.contains(block)).nth(number.parse().ok()?)?;
     let (_, layers, attention) = BLOCKS.iter().find(|(known, _, _)| *known == model)?;
     Some(format!("{model}{layers}{block}{attention}.prefix_tuning.prefix_gates.{name}.{parameter}"))
 }
@@ -159,8 +162,7 @@ fn method_of(config: &Map<String, Value>) -> Result<PrefixTuningConfig> {
     if !config.encoder_prefix {
         return Err(Error::config("encoder_prefix", "true: there is no other attention here", false));
     }
-    let mut leave_out = config.leave_out;
-    leave_out.sort_unstable();
+    let leave_out = config.leave_out.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let gating = if config.shared_gating { Gating::Shared } else { Gating::Own };
     let method = PrefixTuningConfig {
         non_linearity: config.non_linearity,

@@ -14,7 +14,7 @@ mod prompt;
 mod start;
 
 pub use adapter::PromptAdapter;
-pub use bank::PromptBankConfig;
+pub use bank::{Banked, PromptBankConfig, ensemble};
 pub use besides::Besides;
 pub use encoder::{Between, Encoder, EncoderKind};
 pub use llama_adapter::{AttentionName, LlamaAdapter, LlamaAdapterConfig};

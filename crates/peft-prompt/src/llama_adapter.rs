@@ -9,7 +9,7 @@
 use burn::module::{Module, Param, Reparameterization};
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Tensor};
-use peft_core::{Activation, Error, FileTensor, KeysAndValues, LayerKind, Method, Result, Site, Targets};
+use peft_core::{Activation, FileTensor, KeysAndValues, LayerKind, Method, Result, Site, Targets, check_size};
 use serde::{Deserialize, Serialize};
 
 /// Configuration of LLaMA-Adapter; its JSON is Hugging Face's `adapter_config.json`.
@@ -113,12 +113,8 @@ impl Method for LlamaAdapterConfig {
     }
 
     fn check(&self) -> Result<()> {
-        for (field, value) in [("adapter_len", self.adapter_len), ("adapter_layers", self.adapter_layers)] {
-            if value == 0 {
-                return Err(Error::config(field, "at least 1", value));
-            }
-        }
-        Ok(())
+        check_size("adapter_len", self.adapter_len)?;
+        check_size("adapter_layers", self.adapter_layers)
     }
 
     fn kinds(&self) -> &'static [LayerKind] {
@@ -130,8 +126,8 @@ impl Method for LlamaAdapterConfig {
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<LlamaAdapter> {
-        let prompt = site.normal([1, self.adapter_len, site.d_in], 1.0, &mut site.rng(seed));
-        Ok(LlamaAdapter { prompt, gate: site.zeros([1]) })
+        let prompt = site.normal([1, self.adapter_len, site.d_in], 1.0, &mut site.rng(seed))?;
+        Ok(LlamaAdapter { prompt, gate: site.zeros([1])? })
     }
 
     fn tensors(_kind: LayerKind) -> &'static [FileTensor] {

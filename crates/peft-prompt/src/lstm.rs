@@ -9,7 +9,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::{Tensor, activation};
-use peft_core::Site;
+use peft_core::{Result, Site};
 use rand::Rng;
 
 /// Layers in both directions.
@@ -41,12 +41,19 @@ struct Direction {
 
 impl Lstm {
     /// `depth` layers from `width` features to `2·inner`.
-    pub(crate) fn new(site: &Site, [width, inner, depth]: [usize; 3], dropout: f64, rng: &mut impl Rng) -> Self {
-        let layer = |at: usize| {
+    pub(crate) fn new(
+        site: &Site,
+        [width, inner, depth]: [usize; 3],
+        dropout: f64,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
+        let layer = |at: usize| -> Result<Layer> {
             let d_in = if at == 0 { width } else { 2 * inner };
-            Layer { forward: Direction::new(site, d_in, inner, rng), reverse: Direction::new(site, d_in, inner, rng) }
+            let mut direction = || Direction::new(site, d_in, inner, rng);
+            Ok(Layer { forward: direction()?, reverse: direction()? })
         };
-        Self { layers: (0..depth).map(layer).collect(), dropout: DropoutConfig::new(dropout).init() }
+        let layers = (0..depth).map(layer).collect::<Result<_>>()?;
+        Ok(Self { layers, dropout: DropoutConfig::new(dropout).init() })
     }
 
     /// `[batch, n, width]` to `[batch, n, 2·inner]`
@@ -71,14 +78,14 @@ impl Lstm {
 }
 
 impl Direction {
-    fn new(site: &Site, d_in: usize, inner: usize, rng: &mut impl Rng) -> Self {
+    fn new(site: &Site, d_in: usize, inner: usize, rng: &mut impl Rng) -> Result<Self> {
         let bound = 1.0 / (inner as f32).sqrt();
-        Self {
-            weight_ih: site.uniform([4 * inner, d_in], bound, rng),
-            weight_hh: site.uniform([4 * inner, inner], bound, rng),
-            bias_ih: site.uniform([4 * inner], bound, rng),
-            bias_hh: site.uniform([4 * inner], bound, rng),
-        }
+        Ok(Self {
+            weight_ih: site.uniform([4 * inner, d_in], bound, rng)?,
+            weight_hh: site.uniform([4 * inner, inner], bound, rng)?,
+            bias_ih: site.uniform([4 * inner], bound, rng)?,
+            bias_hh: site.uniform([4 * inner], bound, rng)?,
+        })
     }
 
     /// `[batch, n, in]` to `[batch, n, inner]`, from the first token to the last.

@@ -10,11 +10,11 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use peft_core::files::Values;
-use peft_core::{AdapterFile, Error, Method, Result, Site};
+use peft_core::{AdapterFile, Error, Method, Result, Site, check_size};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{KEY, PromptAdapter, Use, check_count, of_prompts, of_tasks, shape_of};
+use crate::adapter::{KEY, PromptAdapter, Use, of_prompts, of_tasks, shape_of};
 use crate::{Besides, PromptTuningConfig};
 
 /// Configuration of multitask prompt tuning; its JSON is Hugging Face's `adapter_config.json`.
@@ -46,28 +46,9 @@ pub struct MultitaskPromptTuningConfig {
     pub num_tasks: usize,
     /// Rank of a task's factor.
     pub num_ranks: usize,
-    /// What the prompt started as.
-    pub prompt_tuning_init: MultitaskInit,
     /// What is trained besides.
     #[serde(rename = "modules_to_save")]
     pub besides: Besides,
-}
-
-/// What a prompt started as; what it was made of is for [`MultitaskPromptTuningConfig::of_source`] to say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum MultitaskInit {
-    /// `N(0, 1)`
-    #[default]
-    Random,
-    /// Embeddings of the tokens of a text.
-    Text,
-    /// The mean of earlier tasks.
-    AverageSourceTasks,
-    /// One of the earlier tasks.
-    ExactSourceTask,
-    /// The shared prompt of earlier tasks.
-    OnlySourceShared,
 }
 
 /// What a new task takes from earlier ones.
@@ -81,13 +62,7 @@ pub enum SourceTasks {
 
 impl Default for MultitaskPromptTuningConfig {
     fn default() -> Self {
-        Self {
-            num_virtual_tokens: 20,
-            num_tasks: 1,
-            num_ranks: 1,
-            prompt_tuning_init: MultitaskInit::default(),
-            besides: Besides::default(),
-        }
+        Self { num_virtual_tokens: 20, num_tasks: 1, num_ranks: 1, besides: Besides::default() }
     }
 }
 
@@ -101,8 +76,9 @@ pub struct TaskFactors {
 }
 
 impl TaskFactors {
-    fn new(site: &Site, [tasks, n, ranks, width]: [usize; 4], rng: &mut impl Rng) -> Self {
-        Self { cols: site.normal([tasks, n, ranks], 0.02, rng), rows: site.normal([tasks, ranks, width], 0.02, rng) }
+    fn new(site: &Site, [tasks, n, ranks, width]: [usize; 4], rng: &mut impl Rng) -> Result<Self> {
+        let (cols, rows) = ([tasks, n, ranks], [tasks, ranks, width]);
+        Ok(Self { cols: site.normal(cols, 0.02, rng)?, rows: site.normal(rows, 0.02, rng)? })
     }
 
     /// Of each of these tasks, `[batch, n, width]`.
@@ -123,12 +99,12 @@ impl MultitaskPromptTuningConfig {
     /// When there is no such task.
     pub fn of_source(source: &AdapterFile<Self>, from: SourceTasks) -> Result<AdapterFile<Self>> {
         let count = source.method.num_tasks;
-        let (tasks, init): (Vec<usize>, _) = match from {
-            SourceTasks::Average => ((0..count).collect(), MultitaskInit::AverageSourceTasks),
-            SourceTasks::Exact(task) => (vec![source.method.known(task)?], MultitaskInit::ExactSourceTask),
+        let tasks = match from {
+            SourceTasks::Average => (0..count).collect(),
+            SourceTasks::Exact(task) => vec![source.method.known(task)?],
         };
         let mut file = source.clone();
-        file.method = Self { num_tasks: 1, prompt_tuning_init: init, ..source.method.clone() };
+        file.method.num_tasks = 1;
         for (key, values) in file.tensors.iter_mut().filter(|(key, _)| FACTORS.contains(&key.as_str())) {
             let parts = tasks.iter().map(|task| part(values, *task, key)).collect::<Result<Vec<_>>>()?;
             let mean = |at: usize| parts.iter().map(|part| part[at]).sum::<f32>() / parts.len() as f32;
@@ -151,7 +127,12 @@ impl MultitaskPromptTuningConfig {
             |key: &str| file.tensors.get(key).ok_or_else(|| Error::config(key, "a tensor of the file", "none"));
         let [cols, rows] = FACTORS.map(|key| tensor(key).and_then(|values| part(values, task, key)));
         let (cols, rows, shared) = (cols?, rows?, tensor(KEY)?);
-        let (ranks, width) = (method.num_ranks, shared.shape.last().copied().unwrap_or_default());
+        let (n, ranks) = (method.num_virtual_tokens, method.num_ranks);
+        let width = rows.len() / ranks.max(1);
+        if width == 0 || shared.shape != [n, width] || cols.len() != n * ranks || rows.len() != ranks * width {
+            let expected = format!("{n} tokens of {width} values, and factors of rank {ranks} for them");
+            return Err(Error::config(KEY, expected, format!("{:?}", shared.shape)));
+        }
         let factor = |at: usize| -> f32 {
             let (token, feature) = (at / width, at % width);
             (0..ranks).map(|rank| cols[token * ranks + rank] * rows[rank * width + feature]).sum()
@@ -179,9 +160,11 @@ const FACTORS: [&str; 2] = ["prefix_task_cols", "prefix_task_rows"];
 
 /// What belongs to one task.
 fn part<'a>(values: &'a Values, task: usize, key: &str) -> Result<&'a [f32]> {
-    let size: usize = values.shape.iter().skip(1).product();
-    let part = values.values.get(task * size..(task + 1) * size);
-    part.ok_or_else(|| Error::config(key, format!("values for task {task}"), format!("{:?}", values.shape)))
+    let part = match values.shape[..] {
+        [count, rows, columns] if task < count => values.values.get(task * rows * columns..(task + 1) * rows * columns),
+        _ => None,
+    };
+    part.ok_or_else(|| Error::config(key, format!("a matrix for task {task}"), format!("{:?}", values.shape)))
 }
 
 impl Method for MultitaskPromptTuningConfig {
@@ -194,19 +177,16 @@ impl Method for MultitaskPromptTuningConfig {
     }
 
     fn check(&self) -> Result<()> {
-        for (field, number) in [("num_tasks", self.num_tasks), ("num_ranks", self.num_ranks)] {
-            if number == 0 {
-                return Err(Error::config(field, "at least 1", 0));
-            }
-        }
-        check_count(self.num_virtual_tokens)
+        check_size("num_tasks", self.num_tasks)?;
+        check_size("num_ranks", self.num_ranks)?;
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
         let (n, mut rng) = (self.num_virtual_tokens, site.rng(seed));
         let width = shape_of(site, n)?.width;
         let shared =
-            PromptAdapter::direct(site.normal([n, width], 1.0, &mut rng), n, Use::Tokens { placeholder: None });
-        Ok(shared.with_factors(TaskFactors::new(site, [self.num_tasks, n, self.num_ranks, width], &mut rng)))
+            PromptAdapter::direct(site.normal([n, width], 1.0, &mut rng)?, n, Use::Tokens { placeholder: None });
+        Ok(shared.with_factors(TaskFactors::new(site, [self.num_tasks, n, self.num_ranks, width], &mut rng)?))
     }
 }

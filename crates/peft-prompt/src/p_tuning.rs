@@ -8,10 +8,10 @@
 //! - trained, of `w = width` and `e = encoder_hidden_size`: `n·w` and an MLP of `2·w·e + e² + 2·e + w`, or an LSTM and `4·e² + 2·e + 2·e·w + w`
 //! - at init: no identity
 
-use peft_core::{Error, Method, Result, Site};
+use peft_core::{Error, Method, Result, Site, check_size};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
+use crate::adapter::{PromptAdapter, Use, of_prompts, shape_of};
 use crate::{Besides, Encoder, EncoderKind};
 
 /// Configuration of P-tuning; its JSON is Hugging Face's `adapter_config.json`.
@@ -99,9 +99,7 @@ impl Method for PTuningConfig {
     of_prompts!();
 
     fn check(&self) -> Result<()> {
-        if self.encoder_hidden_size == Some(0) {
-            return Err(Error::config("encoder_hidden_size", "at least 1", 0));
-        }
+        check_size("encoder_hidden_size", self.encoder_hidden_size.unwrap_or(1))?;
         if !(1..=64).contains(&self.encoder_num_layers) {
             return Err(Error::config("encoder_num_layers", "1 to 64", self.encoder_num_layers));
         }
@@ -111,7 +109,7 @@ impl Method for PTuningConfig {
         if self.input_conditioned && self.encoder_reparameterization_type != EncoderKind::Lstm {
             return Err(Error::config("input_conditioned", "an encoder of type LSTM", "MLP"));
         }
-        check_count(self.num_virtual_tokens)
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
@@ -123,11 +121,11 @@ impl Method for PTuningConfig {
         }
         let (width, used) = (shape.width, Use::Tokens { placeholder: self.placeholder_token_id });
         if self.direct {
-            return Ok(PromptAdapter::direct(site.normal([n, width], 1.0, &mut rng), n, used));
+            return Ok(PromptAdapter::direct(site.normal([n, width], 1.0, &mut rng)?, n, used));
         }
         let numbers = [n, width, self.encoder_hidden_size.unwrap_or(width), self.encoder_num_layers];
         let kind = self.encoder_reparameterization_type;
-        let encoder = Encoder::tokens(kind, site, numbers, self.encoder_dropout, &mut rng);
+        let encoder = Encoder::tokens(kind, site, numbers, self.encoder_dropout, &mut rng)?;
         let encoder = if self.input_conditioned { encoder.conditioned() } else { encoder };
         Ok(PromptAdapter::encoded(encoder, n, used))
     }

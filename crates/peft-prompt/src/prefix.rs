@@ -15,10 +15,10 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
-use peft_core::{AdapterFile, Error, Gate, Method, PromptShape, Result, Site};
+use peft_core::{AdapterFile, Error, Gate, Method, PromptShape, Result, Site, check_size};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
+use crate::adapter::{PromptAdapter, Use, of_prompts, shape_of};
 use crate::{Besides, Between, Encoder, hub};
 
 /// Configuration of prefix tuning; its JSON is Hugging Face's `adapter_config.json`.
@@ -182,7 +182,7 @@ impl PrefixTuningConfig {
         }
         let outputs = if gating == Gating::Own { 2 } else { 1 };
         let mut rng = site.rng(seed ^ 1);
-        Ok((0..count).map(|_| Gate::new(site, [shape.width, outputs], &mut rng)).collect())
+        (0..count).map(|_| Gate::new(site, [shape.width, outputs], &mut rng)).collect()
     }
 }
 
@@ -192,13 +192,11 @@ impl Method for PrefixTuningConfig {
     of_prompts!();
 
     fn check(&self) -> Result<()> {
-        if self.encoder_hidden_size == Some(0) {
-            return Err(Error::config("encoder_hidden_size", "at least 1", 0));
-        }
+        check_size("encoder_hidden_size", self.encoder_hidden_size.unwrap_or(1))?;
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::config("dropout", "a probability in 0..1", self.dropout));
         }
-        check_count(self.num_virtual_tokens)
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
@@ -213,10 +211,10 @@ impl Method for PrefixTuningConfig {
         let gates = self.gates(site, &shape, count, seed)?;
         if self.prefix_projection && !self.direct {
             let inner = self.encoder_hidden_size.unwrap_or(width);
-            let encoder = Encoder::projection(site, [n, width, inner, out], self.non_linearity, &mut rng);
+            let encoder = Encoder::projection(site, [n, width, inner, out], self.non_linearity, &mut rng)?;
             return Ok(PromptAdapter::encoded(encoder, n, used).with_gates(gates).with_dropout(self.dropout));
         }
-        let values = site.normal([n, out], 1.0, &mut rng).set_require_grad(!self.fixed);
+        let values = site.normal([n, out], 1.0, &mut rng)?.set_require_grad(!self.fixed);
         Ok(PromptAdapter::direct(values, n, used).with_gates(gates).with_dropout(self.dropout))
     }
 

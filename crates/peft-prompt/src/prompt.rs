@@ -5,11 +5,11 @@
 //! - trained: `num_virtual_tokens · width` values
 //! - at init: no identity: `P` changes what the model says, whatever it holds
 
-use peft_core::{Method, Result, Site};
+use peft_core::{Error, Method, Result, Site, check_size};
 use serde::{Deserialize, Serialize};
 
 use crate::Besides;
-use crate::adapter::{PromptAdapter, Use, check_count, of_prompts, shape_of};
+use crate::adapter::{PromptAdapter, Use, of_prompts, shape_of};
 
 /// Configuration of prompt tuning; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -83,12 +83,16 @@ impl Method for PromptTuningConfig {
     of_prompts!();
 
     fn check(&self) -> Result<()> {
-        check_count(self.num_virtual_tokens)
+        let text = self.prompt_tuning_init_text.as_deref().unwrap_or_default();
+        if self.prompt_tuning_init == PromptInit::Text && text.trim().is_empty() {
+            return Err(Error::config("prompt_tuning_init_text", "the text that prompt_tuning_init asks for", "none"));
+        }
+        check_size("num_virtual_tokens", self.num_virtual_tokens)
     }
 
     fn init(&self, site: &Site, seed: u64) -> Result<PromptAdapter> {
         let shape = shape_of(site, self.num_virtual_tokens)?;
-        let values = site.normal([self.num_virtual_tokens, shape.width], 1.0, &mut site.rng(seed));
+        let values = site.normal([self.num_virtual_tokens, shape.width], 1.0, &mut site.rng(seed))?;
         Ok(PromptAdapter::direct(values, self.num_virtual_tokens, Use::Tokens { placeholder: None }))
     }
 }

@@ -4,6 +4,9 @@
 //! Keys there, with `K` the lower-case `peft_type`: `K.layers.N.self_attn.q_proj.lora_A.weight` of a plain `LoRA`, `K.layers.N.mlp.gate_proj.experts.E.lora_A.weight` of
 //! an expert, and of routers `K.layers.N.mlp.moe_gate.weight` (`MixLoRA`) or `K.layers.N.mlp.gate_proj.moe_gate.weight`. The first releases of `MixLoRA` have
 //! `layers.N.gate.weight` and `layers.N.experts.E.w1_proj.lora_A.weight`.
+//!
+//! The strategies `mixlora-dynamic` and `mixlora-switch` are refused, since `MoE-PEFT` computes them in other ways than papers do: the first divides probabilities by the temperature and
+//! leaves their sum, the second gives its input back unchanged outside of training.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -27,6 +30,9 @@ const PROJECTIONS: [(&str, &str, &str, Projection); 3] = [
     ("down_proj", "w2_proj", "down", Projection::Down),
 ];
 
+/// The weight of the loss of balance where a file with one says nothing.
+const LOAD: f64 = 0.001;
+
 /// What is read of `adapter_config.json`.
 #[derive(Deserialize)]
 struct Published {
@@ -46,6 +52,8 @@ struct Published {
     target_modules: Names,
     expert_lora: Option<ExpertLora>,
     router_aux_loss_coef: Option<f64>,
+    router_loss: Option<bool>,
+    jitter_noise: Option<f64>,
     base_model_name_or_path: Option<String>,
     task_type: Option<String>,
 }
@@ -58,13 +66,14 @@ enum Names {
     Map(BTreeMap<String, bool>),
 }
 
-/// What experts have instead.
-#[derive(Deserialize)]
+/// What experts have instead of what is outside.
+#[derive(Default, Deserialize)]
 struct ExpertLora {
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f64,
+    r: Option<usize>,
+    lora_alpha: Option<f64>,
+    lora_dropout: Option<f64>,
+    use_rslora: Option<bool>,
+    use_dora: Option<bool>,
 }
 
 /// Reads a folder that a library of `MixLoRA`'s authors wrote, as a union of plain `LoRA` and of mixtures.
@@ -103,8 +112,10 @@ impl Published {
             let expected = format!("{}: no other way of routing is read", self.peft_type.to_lowercase());
             return Err(Error::config("routing_strategy", expected, &self.routing_strategy));
         }
-        if self.use_dora {
-            return Err(Error::config("use_dora", "false: DoRA is not built", true));
+        let in_experts = self.expert_lora.as_ref().and_then(|expert| expert.use_dora);
+        if self.use_dora || in_experts == Some(true) {
+            let field = if self.use_dora { "use_dora" } else { "expert_lora.use_dora" };
+            return Err(Error::config(field, "false: DoRA is not built", true));
         }
         match self.bias.as_deref() {
             None | Some("none") => Ok(()),
@@ -140,28 +151,35 @@ impl Published {
         self.peft_type == "MIXLORA"
     }
 
+    /// The weight of the loss of balance.
+    fn load(&self) -> f64 {
+        // What the libraries take where nothing is said: MixLoRA's alone has the loss.
+        let balanced = self.router_loss.unwrap_or(self.mixes_whole_parts());
+        if balanced { self.router_aux_loss_coef.unwrap_or(LOAD) } else { 0.0 }
+    }
+
     /// The methods, on layers of these names.
     fn parts(&self, plain: BTreeSet<String>, mixed: BTreeSet<String>) -> Parts {
-        let lora = |rank, alpha, dropout, names: BTreeSet<String>| LoraConfig {
-            use_rslora: self.use_rslora,
-            ..LoraConfig::new(rank, Targets::modules(names)).with_alpha(alpha).with_dropout(dropout)
+        let lora = |own: &ExpertLora, names: BTreeSet<String>| LoraConfig {
+            use_rslora: own.use_rslora.unwrap_or(self.use_rslora),
+            ..LoraConfig::new(own.r.unwrap_or(self.r), Targets::modules(names))
+                .with_alpha(own.lora_alpha.unwrap_or(self.lora_alpha))
+                .with_dropout(own.lora_dropout.unwrap_or(self.lora_dropout))
         };
-        let expert = match &self.expert_lora {
-            Some(ExpertLora { r, lora_alpha, lora_dropout }) => (*r, *lora_alpha, *lora_dropout),
-            None => (self.r, self.lora_alpha, self.lora_dropout),
-        };
+        let outside = ExpertLora::default();
+        let expert = self.expert_lora.as_ref().unwrap_or(&outside);
         let router = match self.peft_type.as_str() {
             "LORAMOE" => RouterConfig::Soft,
             _ => RouterConfig::TopK { k: self.top_k.unwrap_or(2) },
         };
-        let balance = Balance { load: self.router_aux_loss_coef.unwrap_or(0.0), ..Balance::default() };
-        let mixture = |names| {
-            let expert = lora(expert.0, expert.1, expert.2, names);
-            MixtureConfig::new(expert, self.num_experts, router.clone()).with_balance(balance.clone())
+        let balance = Balance { load: self.load(), ..Balance::default() };
+        let mixture = |names| MixtureConfig {
+            jitter: self.jitter_noise.unwrap_or(0.0),
+            ..MixtureConfig::new(lora(expert, names), self.num_experts, router.clone()).with_balance(balance.clone())
         };
         let mut parts = Parts::default();
         if !plain.is_empty() {
-            parts.lora = Some(lora(self.r, self.lora_alpha, self.lora_dropout, plain));
+            parts.lora = Some(lora(&outside, plain));
         }
         if self.mixes_whole_parts() {
             let named =

@@ -142,6 +142,7 @@ pub(super) fn only(settings: &Settings, method: &str, own: &[&str]) -> Result<()
         ("num-virtual-tokens", settings.num_virtual_tokens.is_some()),
         ("adapter-layers", settings.adapter_layers.is_some()),
         ("prompt-text", settings.prompt_text.is_some()),
+        ("prompt-labels", !settings.prompt_labels.is_empty()),
         ("num-ranks", settings.num_ranks.is_some()),
         ("placeholder", settings.placeholder.is_some()),
         ("input-conditioned", settings.input_conditioned),

@@ -11,7 +11,7 @@ use peft_prompt::{
 use peft_train::{AdapterOf, Trained};
 use rand::RngExt;
 
-use super::configure::{only, refuse_targets};
+use super::configure::{initial, only, refuse_targets};
 use super::{Adaptation, Adapts};
 use crate::settings::{Init, Settings};
 use crate::{Error, Result};
@@ -19,8 +19,10 @@ use crate::{Error, Result};
 /// Virtual tokens, where nothing is said.
 const TOKENS: usize = 20;
 
-/// Settings that all prompt methods have.
-const OF_PROMPTS: [&str; 2] = ["num-virtual-tokens", "prompt-text"];
+/// Settings of what stands in front of all blocks.
+const OF_PREFIXES: [&str; 2] = ["num-virtual-tokens", "prompt-text"];
+/// Settings of virtual tokens.
+const OF_PROMPTS: [&str; 3] = ["num-virtual-tokens", "prompt-text", "prompt-labels"];
 
 /// A prompt method, with what its prompt starts from.
 pub(super) struct Prompted<M> {
@@ -36,13 +38,22 @@ impl<M> Prompted<M> {
     }
 }
 
-enum Start {
-    /// As the method says.
+/// What prompts of a length start from.
+struct Start {
+    from: From,
+    prompts: usize,
+    tokens: usize,
+}
+
+enum From {
+    /// What the method says.
     Own,
     /// What the model makes of random tokens.
-    Vocabulary(usize),
-    /// What the model makes of a text.
-    Text { text: String, tokens: usize },
+    Vocabulary,
+    /// What it makes of a text, cut or repeated.
+    Text(String),
+    /// What it makes of labels, the mean of the tokens of each, and behind them of random tokens.
+    Labels(Vec<String>),
 }
 
 /// Prompt tuning.
@@ -50,10 +61,11 @@ pub(super) fn prompt(settings: &Settings) -> Result<Prompted<PromptTuningConfig>
     only(settings, "prompt", &OF_PROMPTS)?;
     refuse_targets(settings, "prompt")?;
     let start = start(settings, 1)?;
-    let prompt_tuning_init = match start {
-        Start::Own => PromptInit::Random,
-        Start::Vocabulary(_) => PromptInit::SampleVocab,
-        Start::Text { .. } => PromptInit::Text,
+    let prompt_tuning_init = match start.from {
+        // PEFT has no word for labels; what is learned is in the file.
+        From::Own | From::Labels(_) => PromptInit::Random,
+        From::Vocabulary => PromptInit::SampleVocab,
+        From::Text(_) => PromptInit::Text,
     };
     let method = PromptTuningConfig {
         num_virtual_tokens: tokens(settings),
@@ -88,7 +100,7 @@ pub(super) fn bank(settings: &Settings) -> Result<Prompted<PromptBankConfig>> {
 
 /// Prefix tuning; P-tuning v2 by its other name.
 pub(super) fn prefix(settings: &Settings, name: &str) -> Result<Prompted<PrefixTuningConfig>> {
-    only(settings, name, &[&OF_PROMPTS[..], &["prefix-projection", "encoder-hidden-size"]].concat())?;
+    only(settings, name, &[&OF_PREFIXES[..], &["prefix-projection", "encoder-hidden-size"]].concat())?;
     refuse_targets(settings, name)?;
     if settings.encoder_hidden_size.is_some() && !settings.prefix_projection {
         return Err(Error::usage("--encoder-hidden-size: there is no encoder", "--prefix-projection"));
@@ -101,7 +113,14 @@ pub(super) fn prefix(settings: &Settings, name: &str) -> Result<Prompted<PrefixT
         besides: besides(settings),
         ..PrefixTuningConfig::default()
     };
-    let start = if settings.prefix_projection { Start::Own } else { start(settings, 1)? };
+    let mut start = start(settings, 1)?;
+    if settings.prefix_projection {
+        if settings.prompt_text.is_some() || settings.init != Init::Kaiming {
+            let what = "--prefix-projection: an encoder computes the prefix, so it cannot start from what is given";
+            return Err(Error::usage(what, "leave out --prompt-text and --init, or the encoder"));
+        }
+        start.from = From::Own;
+    }
     Ok(Prompted::new(method, start))
 }
 
@@ -110,6 +129,7 @@ pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
     let own = ["num-virtual-tokens", "encoder", "encoder-hidden-size", "encoder-num-layers", "dropout"];
     only(settings, "p-tuning", &[&own[..], &["placeholder", "input-conditioned"]].concat())?;
     refuse_targets(settings, "p-tuning")?;
+    initial(settings, "p-tuning", &[(Init::Kaiming, ())])?;
     let usual = PTuningConfig::default();
     let method = PTuningConfig {
         num_virtual_tokens: tokens(settings),
@@ -123,7 +143,8 @@ pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
     };
     // What makes no sense is said before anything is read.
     Method::check(&method)?;
-    Ok(Prompted { placeholder: settings.placeholder.clone(), ..Prompted::new(method, Start::Own) })
+    let start = Start { from: From::Own, prompts: 1, tokens: method.num_virtual_tokens };
+    Ok(Prompted { placeholder: settings.placeholder.clone(), ..Prompted::new(method, start) })
 }
 
 fn tokens(settings: &Settings) -> usize {
@@ -134,38 +155,54 @@ pub(super) fn besides(settings: &Settings) -> Besides {
     if settings.modules_to_save.is_empty() { Besides::default() } else { Besides::modules(&settings.modules_to_save) }
 }
 
-/// A text if there is one; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly. For so many prompts.
+/// A text or labels if there are some; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly. For so many prompts.
 fn start(settings: &Settings, prompts: usize) -> Result<Start> {
-    let tokens = prompts * tokens(settings);
-    match (&settings.prompt_text, settings.init) {
-        (Some(text), Init::Kaiming) => Ok(Start::Text { text: text.clone(), tokens }),
-        (Some(_), _) => Err(Error::usage("--prompt-text and --init are both given", "give one of them")),
-        (None, Init::Kaiming) => Ok(Start::Vocabulary(tokens)),
-        (None, Init::Random) => Ok(Start::Own),
-        (None, init) => {
+    let from = match (&settings.prompt_text, &settings.prompt_labels[..], settings.init) {
+        (Some(text), [], Init::Kaiming) => From::Text(text.clone()),
+        (None, [], Init::Kaiming) => From::Vocabulary,
+        (None, labels, Init::Kaiming) => From::Labels(labels.to_vec()),
+        (None, [], Init::Random) => From::Own,
+        (None, [], init) => {
             let what = format!("--init {}: a prompt has no such initial values", init.name());
-            Err(Error::usage(what, "leave it out, --init random, or --prompt-text"))
+            return Err(Error::usage(what, "leave it out, --init random, --prompt-text, or --prompt-labels"));
         }
-    }
+        _ => {
+            let what = "of --prompt-text, --prompt-labels and --init more than one is given";
+            return Err(Error::usage(what, "give one of them"));
+        }
+    };
+    Ok(Start { from, prompts, tokens: tokens(settings) })
 }
 
 impl Start {
-    /// The tokens to start from, as many as there are virtual ones.
-    fn ids(&self, files: &ModelFiles, vocabulary: usize, seed: u64) -> Result<Option<Vec<u32>>> {
-        match self {
-            Self::Own => Ok(None),
-            Self::Vocabulary(tokens) => {
-                let mut rng = rng_of("prompts", seed);
-                Ok(Some((0..*tokens).map(|_| rng.random_range(0..vocabulary as u32)).collect()))
+    /// The tokens that each virtual one starts from the mean of, prompt by prompt.
+    fn ids(&self, files: &ModelFiles, vocabulary: usize, seed: u64) -> Result<Option<Vec<Vec<u32>>>> {
+        let (n, mut rng) = (self.tokens, rng_of("prompts", seed));
+        let mut random =
+            |count| -> Vec<Vec<u32>> { (0..count).map(|_| vec![rng.random_range(0..vocabulary as u32)]).collect() };
+        let encoded = |flag: &str, text: &str| {
+            let ids = files.tokenizer()?.encode(text, false)?;
+            let none = || Error::usage(format!("{flag}: there is no token in `{text}`"), "give some text");
+            if ids.is_empty() { Err(none()) } else { Ok(ids) }
+        };
+        let one = match &self.from {
+            From::Own => return Ok(None),
+            From::Vocabulary => return Ok(Some(random(self.prompts * n))),
+            From::Text(text) => {
+                encoded("--prompt-text", text)?.into_iter().cycle().take(n).map(|id| vec![id]).collect()
             }
-            Self::Text { text, tokens } => {
-                let ids = files.tokenizer()?.encode(text, false)?;
-                if ids.is_empty() {
-                    return Err(Error::usage("--prompt-text: there is no token in it", "give some text"));
+            From::Labels(labels) => {
+                let labels = labels.iter().map(|label| encoded("--prompt-labels", label));
+                let mut ids = labels.collect::<Result<Vec<_>>>()?;
+                if ids.len() > n {
+                    let what = format!("--prompt-labels: {} labels, for {n} virtual tokens", ids.len());
+                    return Err(Error::usage(what, "fewer labels, or more --num-virtual-tokens"));
                 }
-                Ok(Some(ids.into_iter().cycle().take(*tokens).collect()))
+                ids.extend(random(n - ids.len()));
+                ids
             }
-        }
+        };
+        Ok(Some(vec![one; self.prompts].concat()))
     }
 }
 
@@ -270,19 +307,17 @@ impl<M: Prompts> Prompted<M> {
 
 impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
     fn attach(&self, model: T, files: &ModelFiles, seed: u64) -> Result<T> {
-        // What a model without a place for prompts has no vocabulary for is refused as that.
         let vocabulary = model.vocabulary();
-        let ids = if vocabulary > 0 { self.start.ids(files, vocabulary, seed)? } else { None };
-        // A prompt that is too long is refused when it is attached; the model could not read it.
-        let ids = ids.filter(|ids| ids.len() < model.room() || M::TOKENS);
+        // What has no place for prompts has no vocabulary, and what is too long has no room: both are refused as they are attached.
+        let fits = vocabulary > 0 && self.start.tokens < model.room();
+        let ids = if fits { self.start.ids(files, vocabulary, seed)? } else { None };
         let method = self.on(files)?;
         let Some(ids) = ids else { return Ok(attach(model, &method, seed)?) };
         let device = model.devices().into_iter().next().unwrap_or_default();
-        let count = ids.len();
-        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
-        let ids = Tensor::from_data(TensorData::new(ids, [1, count]), &device.without_autodiff());
-        let values = method.values(&model.valid(), ids)?;
-        Ok(start_at(model, &method, &values, seed)?)
+        let all: Vec<i64> = ids.iter().flatten().copied().map(i64::from).collect();
+        let all = TensorData::new(all.clone(), [1, all.len()]);
+        let values = method.values(&model.valid(), Tensor::from_data(all, &device.without_autodiff()))?;
+        Ok(start_at(model, &method, &means(&values, &ids), seed)?)
     }
 
     fn trained(&self, _model: &T, files: &ModelFiles) -> Result<Box<dyn Trained<T>>> {
@@ -298,4 +333,17 @@ impl<M: Prompts> Adaptation for Prompted<M> {
     fn reads_ahead(&self) -> bool {
         M::TOKENS
     }
+}
+
+/// The mean of each group's rows.
+fn means(values: &[f32], groups: &[Vec<u32>]) -> Vec<f32> {
+    let width = values.len() / groups.iter().map(Vec::len).sum::<usize>().max(1);
+    let mut rest = values;
+    let mean = |group: &Vec<u32>| {
+        let (rows, behind) = rest.split_at(group.len() * width);
+        rest = behind;
+        let sum = |at: usize| rows.iter().skip(at).step_by(width).sum::<f32>();
+        (0..width).map(|at| sum(at) / group.len() as f32).collect::<Vec<f32>>()
+    };
+    groups.iter().flat_map(mean).collect()
 }

@@ -16,7 +16,7 @@ fn prompts_are_trained_used_and_resumed() {
     let shop = Workshop::new();
     let (model, data) = (shop.path("model"), shop.path("data.jsonl"));
     let methods: [(&str, &[&str]); 6] = [
-        ("prompt", &["--num-virtual-tokens", "8"]),
+        ("prompt", &["--num-virtual-tokens", "8", "--prompt-labels", "Ada,name"]),
         ("prefix", &["--num-virtual-tokens", "4", "--prompt-text", "I am Ada."]),
         ("p-tuning", &["--num-virtual-tokens", "4", "--encoder", "lstm", "--encoder-hidden-size", "8"]),
         ("p-tuning-v2", &["--num-virtual-tokens", "4", "--prefix-projection", "--encoder-hidden-size", "8"]),
@@ -92,10 +92,17 @@ fn settings_that_prompts_do_not_have_are_refused() {
     assert!(refusal("prompt", &["--targets", "q_proj"]).contains("--targets: prompt adapts no layers"));
     assert!(refusal("prompt", &["--rank", "4"]).contains("--rank: prompt has no such setting"));
     assert!(refusal("prefix", &["--encoder-hidden-size", "4"]).contains("--prefix-projection"));
-    assert!(refusal("prompt", &["--prompt-text", ""]).contains("there is no token in it"));
+    assert!(refusal("prompt", &["--prompt-text", ""]).contains("--prompt-text: there is no token"));
+    assert!(refusal("prompt", &["--prompt-labels", "yes,no", "--prompt-text", "x"]).contains("more than one is given"));
+    let labels = ["--num-virtual-tokens", "2", "--prompt-labels", "yes,no,maybe"];
+    assert!(refusal("prompt", &labels).contains("3 labels, for 2 virtual tokens"));
+    assert!(refusal("prefix", &["--prompt-labels", "yes"]).contains("--prompt-labels: prefix has no such setting"));
+    assert!(refusal("prefix", &["--prefix-projection", "--prompt-text", "x"]).contains("cannot start from"));
+    assert!(refusal("p-tuning", &["--init", "random"]).contains("--init random"));
     assert!(refusal("prompt", &["--num-virtual-tokens", "0"]).contains("num_virtual_tokens"));
     assert!(refusal("prompt", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
     assert!(refusal("prefix", &["--num-virtual-tokens", "100000"]).contains("positions of the model"));
+    assert!(refusal("prompt", &["--num-virtual-tokens", "1000000000000"]).contains("num_virtual_tokens"));
     assert!(refusal("prompt", &["--pack"]).contains("--pack"));
     assert!(refusal("llama-adapter", &["--num-virtual-tokens", "0"]).contains("adapter_len"));
     assert!(refusal("llama-adapter", &["--adapter-layers", "30"]).contains("at most the 2 layers"));

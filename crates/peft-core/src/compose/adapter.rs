@@ -46,7 +46,7 @@ pub trait Experts<A>: Module + ModuleDisplay + Sync + 'static {
     }
 }
 
-/// One after the other.
+/// One after the other, for adapters that see what is as wide as what they add, as those between layers do.
 impl<A: Part> Experts<A> for Vec<A> {
     fn of(experts: Vec<A>) -> Self {
         experts
@@ -57,9 +57,10 @@ impl<A: Part> Experts<A> for Vec<A> {
     }
 
     fn mixed(&self, seen: Tensor<3>, gates: Tensor<2>) -> Tensor<3> {
-        let [batch, seq, _] = seen.dims();
+        let ([batch, seq, _], nothing) = (seen.dims(), seen.zeros_like());
+        // Not `update`, so that what an expert has behind it acts as it does alone.
         let each = self.iter().enumerate().map(|(at, expert)| {
-            let update = expert.update(seen.clone());
+            let update = expert.through(seen.clone(), nothing.clone());
             let gate = gates.clone().narrow(1, at, 1).reshape([batch, seq, 1]).cast(update.dtype());
             update * gate
         });

@@ -8,7 +8,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, activation};
 
-use crate::{Dense, Site, Start};
+use crate::{Dense, Result, Site, Start};
 
 /// Off the diagonal of the value matrix at init, so that every entry has a gradient of its own.
 const BESIDE: f32 = 1e-6;
@@ -23,16 +23,16 @@ pub struct Fusion {
 }
 
 impl Fusion {
-    pub(super) fn new(site: &Site, seed: u64) -> Self {
+    pub(super) fn new(site: &Site, seed: u64) -> Result<Self> {
         let (width, mut rng, start) = (site.d_out, site.rng(seed), Start::Normal { std: 0.02, cut: false });
         let mut at = 0;
         let value = site.param([width, width], || {
             let (row, column) = (at / width, at % width);
             at += 1;
             if row == column { 1.0 } else { BESIDE }
-        });
+        })?;
         let mut dense = |d_in| Dense::new(site, [d_in, width], start, &mut rng);
-        Self { query: dense(site.d_in), key: dense(width), value }
+        Ok(Self { query: dense(site.d_in)?, key: dense(width)?, value })
     }
 
     /// `query`: `[batch, seq, d_in]`; `residual`: `[batch, seq, d_out]`; `updates`: one such for each adapter.

@@ -164,7 +164,7 @@ impl<M: Composable> Method for ComposedConfig<M> {
         let parts: Vec<_> = self.adapters.iter().enumerate().map(part).collect::<Result<_>>()?;
         let here = |numbers: &[usize]| numbers.iter().all(|number| parts[*number].is_some());
         let fuses = fuses && site.kind != LayerKind::Embedded && here(&self.composition.numbers());
-        let fusion = fuses.then(|| Fusion::new(site, seed));
+        let fusion = fuses.then(|| Fusion::new(site, seed)).transpose()?;
         Ok(ComposedAdapter::new(parts, fusion, self.composition.clone()))
     }
 

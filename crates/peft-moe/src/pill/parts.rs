@@ -40,13 +40,13 @@ pub struct Projector {
 const STD: f32 = 0.02;
 
 impl Expert {
-    pub(super) fn new(site: &Site, adapter_dim: usize, rng: &mut impl Rng) -> Self {
+    pub(super) fn new(site: &Site, adapter_dim: usize, rng: &mut impl Rng) -> Result<Self> {
         let shape = [site.d_out, adapter_dim];
-        Self {
-            gate: Start::Kaiming.values(site, shape, site.d_out, rng),
-            down: site.normal(shape, STD, rng),
-            up: site.zeros([adapter_dim, site.d_out]),
-        }
+        Ok(Self {
+            gate: Start::Kaiming.values(site, shape, site.d_out, rng)?,
+            down: site.normal(shape, STD, rng)?,
+            up: site.zeros([adapter_dim, site.d_out])?,
+        })
     }
 
     /// `x + A(x)`, `[rows, width]` to the same.
@@ -72,7 +72,7 @@ impl ValueGate {
             let expected = format!("linear layers that make {width} values, alone or behind queries and keys");
             return refuse(&expected, format!("{} with {} outputs", site.path, site.d_out));
         }
-        Ok(Self { opening: site.zeros([site.d_in, shape.kv_heads]), width })
+        Ok(Self { opening: site.zeros([site.d_in, shape.kv_heads])?, width })
     }
 
     /// `y` `[rows, d_out]` with the values of image tokens as far open as `x` `[rows, d_in]` says; they are the last of its outputs.
@@ -91,11 +91,12 @@ impl ValueGate {
 }
 
 impl Projector {
-    pub(super) fn new(features: FeatureConfig, site: &Site, rng: &mut impl Rng) -> Self {
+    pub(super) fn new(features: FeatureConfig, site: &Site, rng: &mut impl Rng) -> Result<Self> {
         let start = Start::Normal { std: STD, cut: false };
-        let hidden = features.hidden.map(|hidden| Dense::new(site, [features.width, hidden], start, rng));
-        let projection = site.normal([features.hidden.unwrap_or(features.width), site.d_out], STD, rng);
-        Self { hidden, projection }
+        let hidden =
+            features.hidden.map(|hidden| Dense::new(site, [features.width, hidden], start, rng)).transpose()?;
+        let projection = site.normal([features.hidden.unwrap_or(features.width), site.d_out], STD, rng)?;
+        Ok(Self { hidden, projection })
     }
 
     /// `[batch, n, d_features]` to `[batch, n, width]`.

@@ -8,7 +8,7 @@ use peft_lora::{LoraAdapter, mix};
 
 use super::classifier::Classifier;
 use super::scalings::{Scalings, scalings, with_scalings};
-use crate::balance::{entropy, load};
+use crate::balance::{Rows, entropy, load};
 use crate::router::best;
 
 /// State of [`XLoraConfig`](super::XLoraConfig) at one place: the classifier at that of prompts, experts in a layer.
@@ -52,7 +52,8 @@ impl XLoraAdapter {
                 let own = all.narrow(2, self.layer.min(layers - 1), 1).reshape([rows, experts]);
                 // Where all layers have the same, the first speaks for all.
                 if layers > 1 || self.layer == 0 {
-                    say_auxiliary(|| self.said(&own, if layers > 1 { &self.path } else { "classifier" }));
+                    let path = if layers > 1 { &self.path } else { "classifier" };
+                    say_auxiliary(|| self.said(&own, path, [batch, seq]));
                 }
                 own
             }
@@ -69,12 +70,13 @@ impl XLoraAdapter {
     }
 
     /// What the classifier did with the rows of these scalings, `[rows, experts]`.
-    fn said(&self, scalings: &Tensor<2>, path: &str) -> Auxiliary {
+    fn said(&self, scalings: &Tensor<2>, path: &str, leading: [usize; 2]) -> Auxiliary {
         let chosen = best(scalings, self.mix.top_k.unwrap_or(1));
         // Without a softmax they may have signs, and another sum than one.
         let size = scalings.clone().detach().abs();
         let parts = size.clone() / size.sum_dim(1).clamp_min(f32::MIN_POSITIVE);
-        Auxiliary { path: path.to_owned(), loss: None, load: load(&chosen), entropy: entropy(&parts) }
+        let rows = Rows::of(leading, parts.dtype());
+        Auxiliary { path: path.to_owned(), loss: None, load: load(&chosen, &rows), entropy: entropy(&parts, &rows) }
     }
 }
 

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
 use burn::tensor::activation::{relu, softmax};
-use peft_core::{Dense, Site, Start};
+use peft_core::{Dense, Result, Site, Start};
 use rand::Rng;
 
 use super::XLoraConfig;
@@ -25,7 +25,10 @@ pub(super) struct Classifier {
 
 impl Classifier {
     /// For so many adapted layers and experts.
-    pub(super) fn new(config: &XLoraConfig, site: &Site, layers: usize, rng: &mut impl Rng) -> Self {
+    ///
+    /// # Errors
+    /// As [`Site::param`].
+    pub(super) fn new(config: &XLoraConfig, site: &Site, layers: usize, rng: &mut impl Rng) -> Result<Self> {
         let experts = config.experts.len();
         let inner = std::iter::repeat_n(config.xlora_size, config.xlora_depth - 1);
         let outputs = if config.layerwise_scalings { layers * experts } else { experts };
@@ -37,10 +40,11 @@ impl Classifier {
             if !layers.is_empty() {
                 layers.extend((0..between).map(|_| None));
             }
-            layers.push(Some(Dense::new(site, [pair[0], pair[1]], Start::Kaiming, rng)));
+            layers.push(Some(Dense::new(site, [pair[0], pair[1]], Start::Kaiming, rng)?));
         }
         let dropout = DropoutConfig::new(config.xlora_dropout_p).init();
-        Self { layers, dropout, experts, temperature: config.enable_softmax.then_some(config.softmax_temperature) }
+        let temperature = config.enable_softmax.then_some(config.softmax_temperature);
+        Ok(Self { layers, dropout, experts, temperature })
     }
 
     /// `[batch, seq, width]` to `[batch, seq, layers, experts]`, or `[batch, seq, 1, experts]` where layers have the same.

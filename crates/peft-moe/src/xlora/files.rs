@@ -78,12 +78,12 @@ fn in_order(method: &XLoraConfig) -> Vec<(String, String)> {
     named.collect::<Option<Vec<_>>>().unwrap_or_else(|| adapters.clone())
 }
 
-/// The folder of an expert. A path is as its writer saw it: from where that program ran, which may be a folder above.
+/// The folder of an expert: its own below `dir`, so that a copy has experts of its own too. Else a path is as its writer saw it: from where that program ran, which may be a folder above.
 fn find(dir: &Path, name: &str, path: &str) -> Result<PathBuf> {
     let above = dir.ancestors().map(|above| above.join(path));
-    let places = [PathBuf::from(path)].into_iter().chain(above).chain([dir.join(name)]);
+    let places = [dir.join(name), PathBuf::from(path)].into_iter().chain(above);
     let found = places.into_iter().find(|place| place.join(CONFIG_FILE).is_file());
-    let expected = format!("a folder of LoRA, from here, from a folder above {} or in it", dir.display());
+    let expected = format!("a folder of LoRA, in {} or from here or a folder above", dir.display());
     found.ok_or_else(|| Error::config(format!("adapters.{name}"), expected, path))
 }
 

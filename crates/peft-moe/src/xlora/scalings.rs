@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use burn::tensor::Tensor;
+use peft_core::within;
 
 /// How far experts count.
 #[derive(Clone, Debug)]
@@ -21,15 +22,7 @@ thread_local! {
 
 /// Computes `pass` with these; it ends with the call and holds on this thread alone.
 pub(super) fn with_scalings<R>(scalings: Scalings, pass: impl FnOnce() -> R) -> R {
-    /// What held before holds again, whatever way `pass` ends.
-    struct Before(Option<Scalings>);
-    impl Drop for Before {
-        fn drop(&mut self) {
-            SCALINGS.set(self.0.take());
-        }
-    }
-    let _before = Before(SCALINGS.replace(Some(scalings)));
-    pass()
+    within(&SCALINGS, scalings, pass)
 }
 
 /// Those of the pass.

@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "a helper of a test should stop where it fails, as the test itself does")]
 
 mod arrow;
+mod experts;
 mod feed_forward;
 mod mixtures;
 mod poly;
+mod refusals;
 mod statement;
+mod task_lora;
 mod xlora;
 
 use burn::tensor::Device;

@@ -6,10 +6,10 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use peft_core::{
     AdapterAware, AdapterFile, Auxiliary, Method, ParamVisitor, PathStack, Strictness, Targets, attach, for_tasks,
-    linear, merge, visit_params, with_auxiliary,
+    linear, visit_params, with_auxiliary,
 };
 use peft_lora::LoraConfig;
-use peft_moe::{Balance, MixtureConfig, RouterConfig, loramoe, mola, molora, mov, task_lora};
+use peft_moe::{Balance, MixtureConfig, RouterConfig, loramoe, mola, molora, mov};
 use peft_moe::{Level, MolaShape, moelora};
 use peft_testkit::fill_adapter;
 
@@ -69,7 +69,7 @@ pub(crate) fn output(model: &Model) -> Vec<f32> {
 
 #[test]
 fn one_expert_is_that_expert() {
-    for router in [RouterConfig::Soft, RouterConfig::TopK { k: 2 }, RouterConfig::TopP { p: 0.1 }, RouterConfig::Switch]
+    for router in [RouterConfig::Soft, RouterConfig::TopK { k: 1 }, RouterConfig::TopP { p: 0.1 }, RouterConfig::Switch]
     {
         let mixture = MixtureConfig::new(expert(), 1, router);
         let one = random(&mixture);
@@ -117,26 +117,6 @@ fn the_order_of_experts_means_nothing() {
     }
     assert_ne!(other, file(&model, &method));
     near(&output(&filled(other)), &output(&model));
-}
-
-/// One `LoRA` for each task, merged into the weight.
-#[test]
-fn a_mixture_by_task_is_a_lora_for_each() {
-    let method = moelora(Targets::modules(["proj"]), 3);
-    let model = random(&method);
-    let learned = file(&model, &method);
-    for task in 0..3 {
-        let lora = filled(task_lora(&learned, task).unwrap());
-        let expected = for_tasks(&[task], || output(&model));
-        near(&output(&lora), &expected);
-        let merged = merge(lora, &task_lora(&learned, task).unwrap().method).unwrap();
-        near(&values(merged.proj.forward(x(&Device::flex()))), &expected);
-    }
-    let error = task_lora(&learned, 3).unwrap_err();
-    assert!(error.to_string().contains("below 3"), "{error}");
-    let soft = MixtureConfig::new(expert(), 2, RouterConfig::Soft);
-    let error = task_lora(&file(&random(&soft), &soft), 0).unwrap_err();
-    assert!(error.to_string().contains("a router by task"), "{error}");
 }
 
 /// The parts of the gradients that are not zero, by the names of parameters.
@@ -231,8 +211,38 @@ fn losses_of_balance_are_their_formulas() {
     };
     let z: Vec<f64> = (0..2).flat_map(|row| (0..experts).map(move |e| (row, e))).map(|(row, e)| z(row, e)).collect();
     let mean = z.iter().sum::<f64>() / z.len() as f64;
-    let variance = z.iter().map(|z| (z - mean).powi(2)).sum::<f64>() / z.len() as f64;
-    near(&values(auxiliary.loss.unwrap()), &[(2.0 * variance / mean.powi(2)) as f32]);
+    let variance = z.iter().map(|z| (z - mean).powi(2)).sum::<f64>() / (z.len() - 1) as f64;
+    near(&values(auxiliary.loss.unwrap()), &[(2.0 * variance / (mean.powi(2) + 1e-10)) as f32]);
+}
+
+/// One expert for one row of the batch.
+#[test]
+fn a_number_alone_does_not_vary() {
+    let balance = Balance { localised: 2.0, groups: 1, ..Balance::default() };
+    let model = random(&MixtureConfig::new(expert(), 1, RouterConfig::Soft).with_balance(balance));
+    let row = x(&Device::flex()).narrow(0, 0, 1);
+    let (_, said) = with_auxiliary(|| for_tasks(&[0], || linear(&model.proj, row)));
+    assert_eq!(values(said[0].loss.clone().unwrap()), [0.0]);
+}
+
+/// Of experts that are equally likely the first are taken, and no more than it needs.
+#[test]
+fn the_first_of_equals_are_taken() {
+    let cases = [
+        (RouterConfig::TopP { p: 0.5 }, [0.5, 0.5, 0.0, 0.0]),
+        (RouterConfig::TopP { p: 0.2 }, [1.0, 0.0, 0.0, 0.0]),
+        (RouterConfig::TopP { p: 1.0 }, [0.25; 4]),
+        (RouterConfig::TopK { k: 2 }, [0.5, 0.5, 0.0, 0.0]),
+        (RouterConfig::Switch, [1.0, 0.0, 0.0, 0.0]),
+    ];
+    for (router, load) in cases {
+        let method = MixtureConfig::new(expert(), 4, router);
+        let mut undecided = file(&random(&method), &method);
+        undecided.tensors.get_mut("proj.router.weight").unwrap().values.fill(0.0);
+        let model = filled(undecided);
+        let (_, said) = with_auxiliary(|| output(&model));
+        near(&values(said[0].load.clone()), &load);
+    }
 }
 
 /// A row has one decision for all its tokens.

@@ -14,14 +14,20 @@ use peft_testkit::fill_adapter;
 
 use crate::mixtures::{WIDTH, base, file, near, values, wave, x};
 
-/// Two layers, a row of tokens alone with itself.
+/// Two layers in a block, a row of tokens alone with itself; and two that come when it is over.
 #[derive(Module, Debug)]
 struct Twice {
     prompts: Prompts,
-    up: Linear,
+    blocks: Vec<Block>,
     lm_head: Linear,
-    down: Linear,
+    classifier: Linear,
     aware: AdapterAware,
+}
+
+#[derive(Module, Debug)]
+struct Block {
+    up: Linear,
+    down: Linear,
 }
 
 impl Twice {
@@ -33,11 +39,13 @@ impl Twice {
             Linear { weight: Param::from_tensor(Tensor::from_data(weight, device)), ..layer }
         };
         let prompts = Prompts::new(shape, device);
-        Self { prompts, up: layer(1.7), lm_head: layer(1.1), down: layer(0.6), aware: AdapterAware }
+        let blocks = vec![Block { up: layer(1.7), down: layer(0.6) }];
+        Self { prompts, blocks, lm_head: layer(1.1), classifier: layer(0.3), aware: AdapterAware }
     }
 
     fn hidden(&self, x: Tensor<3>) -> Tensor<3> {
-        self.prompts.passes(|_| linear(&self.down, linear(&self.up, x.clone()).tanh()))
+        let Block { up, down } = &self.blocks[0];
+        self.prompts.passes(|_| linear(down, linear(up, x.clone()).tanh()))
     }
 }
 
@@ -103,7 +111,7 @@ impl Reference<'_> {
         let weight: Vec<f64> = layer.weight.base().into_data().iter().collect();
         let mut y: Vec<f64> = (0..WIDTH).map(|out| (0..WIDTH).map(|i| x[i] * weight[i * WIDTH + out]).sum()).collect();
         for (e, gate) in self.gates(scalings).into_iter().enumerate() {
-            let key = |factor: &str| format!("{name}.experts.{e}.{factor}.weight");
+            let key = |factor: &str| format!("blocks.0.{name}.experts.{e}.{factor}.weight");
             if self.file.tensors.contains_key(&key("lora_A")) {
                 let expert = &self.method.experts[e];
                 let update = times(&matrix(&self.file, &key("lora_B")), &times(&matrix(&self.file, &key("lora_A")), x));
@@ -116,9 +124,9 @@ impl Reference<'_> {
 
     /// A pass with scalings by layer.
     fn pass(&self, x: &[f64], scalings: &[Vec<f64>]) -> Vec<f64> {
-        let up = self.layer("up", &self.base.up, x, &scalings[0]);
-        let inner: Vec<f64> = up.iter().map(|value| value.tanh()).collect();
-        self.layer("down", &self.base.down, &inner, &scalings[1])
+        let Block { up, down } = &self.base.blocks[0];
+        let inner: Vec<f64> = self.layer("up", up, x, &scalings[0]).into_iter().map(f64::tanh).collect();
+        self.layer("down", down, &inner, &scalings[1])
     }
 
     fn output(&self, x: &[f64]) -> Vec<f64> {
@@ -213,11 +221,20 @@ fn a_folder_holds_all_of_it() {
     }
     let moved = dir.path().join("second");
     std::fs::rename(&out, &moved).unwrap();
-    let (again, read) = load_adapter::<_, XLoraConfig>(Twice::new(&device), &moved).unwrap();
-    assert_eq!(values(again.hidden(x(&device))), expected);
-    assert_eq!(read.experts, method.experts);
+    let load = || -> peft_core::Result<_> {
+        let (model, read) = load_adapter::<_, XLoraConfig>(Twice::new(&device), &moved)?;
+        Ok((values(model.hidden(x(&device))), read.experts))
+    };
+    assert_eq!(load().unwrap(), (expected.clone(), method.experts.clone()));
+    // Others where the file says, as those of the original of a copy.
+    for (number, mut expert) in experts().into_iter().enumerate() {
+        expert.tensors.values_mut().for_each(|tensor| tensor.values.fill(0.5));
+        expert.write(&out.join(number.to_string())).unwrap();
+    }
+    assert_eq!(load().unwrap(), (expected, method.experts));
+    std::fs::remove_dir_all(&out).unwrap();
     std::fs::remove_dir_all(moved.join("1")).unwrap();
-    let error = load_adapter::<_, XLoraConfig>(Twice::new(&device), &moved).map(|_| ()).unwrap_err();
+    let error = load().map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("adapters.1"), "{error}");
 }
 
@@ -231,10 +248,14 @@ fn what_does_not_fit_is_refused() {
     refused(XLoraConfig { top_k_lora: Some(4), ..config() }, experts(), "at least 4");
     refused(XLoraConfig { hidden_size: 7, ..config() }, experts(), "hidden_size");
     refused(XLoraConfig { softmax_temperature: 0.0, ..config() }, experts(), "softmax_temperature");
-    refused(XLoraConfig { xlora_depth: 0, ..config() }, experts(), "xlora_depth");
-    let head = LoraConfig::new(2, Targets::modules(["lm_head"]));
-    let model = attach(Twice::new(&Device::flex()), &head, 0).unwrap();
-    refused(config(), vec![AdapterFile::collect(&model, &head).unwrap()], "outside of the model's passes");
+    for xlora_depth in [0, 65, usize::MAX] {
+        refused(XLoraConfig { xlora_depth, ..config() }, experts(), "xlora_depth");
+    }
+    for name in ["lm_head", "classifier"] {
+        let head = LoraConfig::new(2, Targets::modules([name]));
+        let model = attach(Twice::new(&Device::flex()), &head, 0).unwrap();
+        refused(config(), vec![AdapterFile::collect(&model, &head).unwrap()], "outside of the model's passes");
+    }
     let mut whole = experts();
     let extra = whole[0].tensors.values().next().unwrap().clone();
     whole[0].tensors.insert("down.weight".to_owned(), extra);

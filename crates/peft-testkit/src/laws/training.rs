@@ -1,6 +1,7 @@
 //! Laws of gradients and optimizer steps.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams};
@@ -16,6 +17,14 @@ use crate::{Failure, Finding, Outcome, Seam, Stack, fill_adapter, read};
 /// Relative deviation of half-precision layers from those in f32.
 const HALF: f64 = 2e-2;
 
+/// A device has one sequence of random numbers for all threads of a process: what draws from it, or begins it anew, does so alone.
+static DRAWING: Mutex<()> = Mutex::new(());
+
+/// Until it is dropped nothing else here draws. A law that panicked in between has left nothing half done.
+fn drawing() -> MutexGuard<'static, ()> {
+    DRAWING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Output, and the gradients of a fixed weighted sum of it.
 pub(super) struct Run {
     output: Vec<f64>,
@@ -25,6 +34,7 @@ pub(super) struct Run {
 
 impl Run {
     pub(super) fn new(model: &Stack, seam: Seam, device: &Device, dtype: DType) -> Result<Self, Failure> {
+        let _alone = drawing();
         // Dropout draws the same numbers in every run.
         device.seed(0);
         let x = input(WIDTH, 3, device, dtype).require_grad();
@@ -44,6 +54,7 @@ impl Run {
 
 /// `steps` steps of `AdamW` towards a fixed output. Without weight decay, so that only a gradient moves a tensor.
 pub(super) fn train(mut model: Stack, seam: Seam, steps: usize, device: &Device) -> Stack {
+    let _alone = drawing();
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.0).init();
     let (x, target) = (input(WIDTH, 3, device, DType::F32), input(WIDTH, 4, device, DType::F32));
     for _ in 0..steps {
