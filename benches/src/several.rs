@@ -70,6 +70,15 @@ const METHODS: [Recipe; 6] = [
     ("mixlora", &["--method", "mixlora", "--targets", ATTENTION, "--num-experts", "4", "--rank", "6", "--alpha", "12"]),
 ];
 
+/// How many of the experts a token goes through.
+fn active(method: &str) -> &'static str {
+    match method {
+        "lora" => "",
+        "molora-top-2" | "mixlora" => "2 of 4",
+        _ => "4 of 4",
+    }
+}
+
 /// What a run reached: the loss of each task, and what it cost.
 struct Reached {
     losses: Vec<f64>,
@@ -85,8 +94,9 @@ impl Several {
         }
         let name = |task: &PathBuf| task.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let tasks: Vec<String> = self.tasks.iter().map(name).collect();
-        println!("| method | {} | mean | trained parameters | time |", tasks.join(" | "));
-        println!("|---|{}---|---|---|", "---|".repeat(tasks.len()));
+        println!("| method | {} | mean | trained parameters | active experts | time, of the first |", tasks.join(" | "));
+        println!("|---|{}---|---|---|---|", "---|".repeat(tasks.len()));
+        let mut first = None;
         for (name, flags) in wanted {
             let runs = self.runs.each(|seed| self.one(name, flags, seed))?;
             let cell = |of: &dyn Fn(&Reached) -> f64| {
@@ -97,7 +107,8 @@ impl Several {
             let mean = cell(&|run| run.losses.iter().sum::<f64>() / run.losses.len() as f64);
             let (trained, _) = mean_and_deviation(&runs.iter().map(|run| run.trained).collect::<Vec<_>>());
             let (seconds, _) = mean_and_deviation(&runs.iter().map(|run| run.seconds).collect::<Vec<_>>());
-            println!("| {name} | {} | {mean} | {trained:.0} | {seconds:.0} s |", by_task.join(" | "));
+            let ratio = seconds / *first.get_or_insert(seconds);
+            println!("| {name} | {} | {mean} | {trained:.0} | {} | {ratio:.2} |", by_task.join(" | "), active(name));
         }
         Ok(())
     }

@@ -89,6 +89,19 @@ pub struct Settings {
     /// molora, mov, mixlora, xlora: each token goes through the best K experts alone [default: through all; mixlora: 2]
     #[arg(long, help_heading = "Method", value_name = "K")]
     pub top_k: Option<usize>,
+    /// molora, mov, mixlora: each token goes through the fewest experts whose probabilities reach P together
+    #[arg(long, help_heading = "Method", value_name = "P")]
+    pub top_p: Option<f64>,
+    /// molora, mov, loramoe, mixlora: other numbers of experts by the layer, from the first on: `8,8,4,4` (MoLA)
+    #[arg(long, value_delimiter = ',', help_heading = "Method", value_name = "NUMBERS")]
+    #[serde(deserialize_with = "one_or_many", default)]
+    pub experts_per_layer: Vec<usize>,
+    /// molora, mov, loramoe: experts that all tokens go through besides [default: 0]
+    #[arg(long, help_heading = "Method", value_name = "N")]
+    pub shared_experts: Option<usize>,
+    /// molora, mov, mixlora: weight of the loss that keeps the router's numbers small [default: 0]
+    #[arg(long, help_heading = "Method", value_name = "X")]
+    pub z_loss: Option<f64>,
     /// molora, mov: weight of the loss that keeps all experts at work [default: 0]
     #[arg(long, help_heading = "Method", value_name = "X")]
     pub balance: Option<f64>,

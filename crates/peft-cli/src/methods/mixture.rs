@@ -6,13 +6,13 @@ use peft_lora::LoraConfig;
 use peft_moe::{MixtureConfig, PillConfig, PolyConfig, RouterConfig};
 
 use super::configure::{initial, only, targets};
-use crate::Result;
 use crate::settings::{Init, Settings};
+use crate::{Error, Result};
 
 /// Settings that all mixtures have.
-const OF_ALL: [&str; 1] = ["num-experts"];
+const OF_ALL: [&str; 3] = ["num-experts", "experts-per-layer", "shared-experts"];
 /// Settings of routers that look at their input.
-pub(super) const OF_ROUTERS: [&str; 2] = ["top-k", "balance"];
+pub(super) const OF_ROUTERS: [&str; 4] = ["top-k", "top-p", "balance", "z-loss"];
 /// Settings of experts that are `LoRA`.
 const OF_LORA: [&str; 3] = ["rank", "alpha", "dropout"];
 
@@ -86,10 +86,16 @@ where
 {
     initial(settings, name, &[(Init::Kaiming, ())])?;
     method.num_experts = settings.num_experts.unwrap_or(method.num_experts);
-    if let Some(k) = settings.top_k {
-        method.router = RouterConfig::TopK { k };
-    }
+    method.experts_per_layer.clone_from(&settings.experts_per_layer);
+    method.num_shared = settings.shared_experts.unwrap_or(method.num_shared);
+    method.router = match (settings.top_k, settings.top_p) {
+        (Some(_), Some(_)) => return Err(Error::usage("--top-k and --top-p are both given", "give one of them")),
+        (Some(k), None) => RouterConfig::TopK { k },
+        (None, Some(p)) => RouterConfig::TopP { p },
+        (None, None) => method.router,
+    };
     method.balance.load = settings.balance.unwrap_or(method.balance.load);
+    method.balance.z = settings.z_loss.unwrap_or(method.balance.z);
     Method::check(&method)?;
     Ok(method)
 }

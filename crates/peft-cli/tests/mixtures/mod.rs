@@ -9,11 +9,11 @@ fn mixtures_are_trained_used_and_resumed() {
     let (model, first, second) = (shop.path("model"), shop.path("data.jsonl"), shop.path("second.jsonl"));
     fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
     let methods: [(&str, &[&str]); 5] = [
-        ("molora", &["--num-experts", "4", "--top-k", "2", "--balance", "0.01", "--rank", "2"]),
+        ("molora", &["--num-experts", "4", "--top-k", "2", "--balance", "0.01", "--rank", "2", "--shared-experts", "1"]),
         ("loramoe", &["--num-experts", "4", "--rank", "2"]),
         ("mixlora", &["--num-experts", "4", "--rank", "2", "--targets", "q_proj,v_proj"]),
         ("moelora", &["--num-experts", "3"]),
-        ("mov", &["--num-experts", "3", "--targets", "q_proj,v_proj"]),
+        ("mov", &["--experts-per-layer", "3,2", "--top-p", "0.6", "--z-loss", "0.001", "--targets", "q_proj,v_proj"]),
     ];
     for (method, more) in methods {
         let own = ["--method", method, "--data", &second, "--steps", "20", "--eval-every", "10"];
@@ -35,7 +35,7 @@ fn mixtures_are_trained_used_and_resumed() {
         assert!((sum - 1.0).abs() < 1e-5, "{method}: {experts}");
         assert_eq!(
             experts["loss"].as_f64().unwrap() > 0.0,
-            ["molora", "loramoe", "mixlora"].contains(&method),
+            method != "moelora",
             "{experts}"
         );
         let task: &[&str] = if method == "moelora" { &["--task-id", "1"] } else { &[] };
@@ -46,8 +46,13 @@ fn mixtures_are_trained_used_and_resumed() {
         let (code, message) = refused(&["merge", "--model", &model, "--adapter", &out, "--out", &shop.path("merged")]);
         assert!(code == 1 && message.contains("a router opens gates row by row"), "{message}");
     }
-    let refusals: [(&[&str], &str); 3] = [
+    a_task_is_a_lora(&shop);
+    let refusals: [(&[&str], &str); 7] = [
         (&["--method", "molora", "--num-experts", "0"], "num_experts"),
+        (&["--method", "molora", "--top-k", "2", "--top-p", "0.5"], "--top-k and --top-p are both given"),
+        (&["--method", "molora", "--top-k", "11"], "top_k of at most 10"),
+        (&["--method", "molora", "--experts-per-layer", "4"], "experts_per_layer"),
+        (&["--method", "loramoe", "--pack"], "--pack"),
         (&["--method", "moelora", "--top-k", "2"], "--top-k: moelora has no such setting"),
         (&["--method", "moelora", "--pack"], "--pack"),
     ];
@@ -55,6 +60,27 @@ fn mixtures_are_trained_used_and_resumed() {
         let (code, message) = refused(&strs(&shop.train("refused", more)));
         assert!(code == 2 && message.contains(expected), "{message}");
     }
+}
+
+/// One task of several is a plain adapter, which gives the same and merges.
+fn a_task_is_a_lora(shop: &Workshop) {
+    let (model, all, one) = (shop.path("model"), shop.path("moelora"), shop.path("one"));
+    json_of(&["convert", "--json", "--adapter", &all, "--task-id", "1", "--out", &one]);
+    let used = |task: &str| -> Vec<f64> {
+        let json = json_of(&[
+            "logits", "--model", &model, "--tokens", "3,14,15,92,65", "--adapter", &all, "--task-id", task,
+        ]);
+        json["logits"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+    };
+    assert!(deviation(&logits(&model, Some(&one)), &used("1")) < 1e-4);
+    assert!(deviation(&used("0"), &used("1")) > 1e-4);
+    assert!(peft(&["merge", "--model", &model, "--adapter", &one, "--out", &shop.path("merged-one")]).status.success());
+    let (code, message) =
+        refused(&["convert", "--adapter", &shop.path("molora"), "--task-id", "0", "--out", &shop.path("none")]);
+    assert!(code == 1 && message.contains("a router by task"), "{message}");
+    let (code, message) =
+        refused(&["convert", "--adapter", &shop.path("mov"), "--task-id", "0", "--out", &shop.path("none")]);
+    assert!(code == 2 && message.contains("--task-id"), "{message}");
 }
 
 /// Skills are learned from two tasks, and used for one of them.

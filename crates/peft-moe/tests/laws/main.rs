@@ -12,11 +12,12 @@ mod task_lora;
 mod xlora;
 
 use burn::tensor::Device;
-use peft_adapter::{BottleneckConfig, Ia3Config};
-use peft_core::{Method, Targets};
+use peft_core::Method;
 use peft_moe::{MixtureConfig, PolyConfig, RouterConfig};
 use peft_testkit::{Laws, table};
-use statement::{expert, laws, lora_laws, mixlora_laws, pill, pill_without_gate, poly, poly_laws, router};
+use statement::{
+    bottlenecks, expert, lora_laws, mixlora_laws, other_routers, pill, pill_without_gate, poly, poly_laws, vectors,
+};
 
 fn hold<M: Method>(laws: &Laws<M>) {
     let checks = laws.run(&Device::flex());
@@ -35,6 +36,8 @@ fn mixtures_of_lora_obey_the_laws() {
     for config in routers {
         hold(&lora_laws(MixtureConfig::new(expert(), 3, config).with_shared(1)));
     }
+    // What the comparison over all backends looks at of them.
+    other_routers().iter().for_each(|(_, laws)| hold(laws));
 }
 
 #[test]
@@ -44,13 +47,8 @@ fn mixtures_of_feed_forward_parts_obey_the_laws() {
 
 #[test]
 fn mixtures_of_other_adapters_obey_the_laws() {
-    let vectors = MixtureConfig::new(Ia3Config::new(Targets::modules(["up", "down"])), 3, RouterConfig::Soft);
-    hold(&laws(vectors, |method, site| method.num_experts * site.d_out + router(method, site)));
-    let bottlenecks = MixtureConfig::new(BottleneckConfig::houlsby(4.0), 3, RouterConfig::TopK { k: 2 });
-    let params = |method: &MixtureConfig<BottleneckConfig>, site: &peft_core::Site| {
-        method.num_experts * (2 * 16 * 4 + 4 + 16) + router(method, site)
-    };
-    hold(&laws(bottlenecks, params).skip("unaware", "a place is there for adapters alone"));
+    hold(&vectors());
+    hold(&bottlenecks());
 }
 
 #[test]

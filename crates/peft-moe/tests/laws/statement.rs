@@ -1,5 +1,6 @@
 //! What mixtures and PILL state of themselves, for the laws: here and in the comparison over all backends.
 
+use peft_adapter::{BottleneckConfig, Ia3Config};
 use peft_core::{Composable, LayerKind, Method, Modality, Result, Site, Targets};
 use peft_lora::LoraConfig;
 use peft_moe::{MixLoraConfig, MixtureConfig, PillConfig, PolyConfig, Projection, RouterConfig};
@@ -26,6 +27,34 @@ pub(crate) fn laws<M: Composable>(
 ) -> Laws<MixtureConfig<M>> {
     Laws::new(method, params, ("num_experts", 0.into()))
         .skip("file", "keys of shared experts have numbers, which a list of keys cannot have")
+}
+
+/// What routers and experts differ in: values and gradients.
+pub(crate) const VALUES: [&str; 4] = ["identity", "seams", "reference", "backend_gradients"];
+
+/// The laws of values for routers that choose in other ways than the best two.
+pub(crate) fn other_routers() -> Vec<(&'static str, Laws<MixtureConfig<LoraConfig>>)> {
+    let routers = [
+        ("soft", RouterConfig::Soft),
+        ("top-p", RouterConfig::TopP { p: 0.7 }),
+        ("switch", RouterConfig::Switch),
+    ];
+    routers.map(|(name, router)| (name, lora_laws(MixtureConfig::new(expert(), 3, router)).only(&VALUES))).into()
+}
+
+/// The laws for a mixture of vectors of (IA)³.
+pub(crate) fn vectors() -> Laws<MixtureConfig<Ia3Config>> {
+    let vectors = MixtureConfig::new(Ia3Config::new(Targets::modules(["up", "down"])), 3, RouterConfig::Soft);
+    laws(vectors, |method, site| method.num_experts * site.d_out + router(method, site))
+}
+
+/// The laws for a mixture of bottlenecks.
+pub(crate) fn bottlenecks() -> Laws<MixtureConfig<BottleneckConfig>> {
+    let bottlenecks = MixtureConfig::new(BottleneckConfig::houlsby(4.0), 3, RouterConfig::TopK { k: 2 });
+    let params = |method: &MixtureConfig<BottleneckConfig>, site: &Site| {
+        method.num_experts * (2 * 16 * 4 + 4 + 16) + router(method, site)
+    };
+    laws(bottlenecks, params).skip("unaware", "a place is there for adapters alone")
 }
 
 /// The laws for the best two of three feed-forward parts, of the laws' model, which has no `up` of its own.

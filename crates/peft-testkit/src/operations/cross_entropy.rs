@@ -8,11 +8,13 @@ use crate::state::{deviation, normal, worse};
 use crate::{Failure, read};
 
 pub(super) fn checks() -> Vec<Operation> {
-    let head = Head { tokens: 9, width: 7, vocab: 29, smoothing: 0.0, transposed: false };
+    let head = Head { tokens: 9, width: 7, vocab: 29, smoothing: 0.0, transposed: false, trained: false };
     let cases = [
         ("linear_cross_entropy", SINGLE, head),
         ("linear_cross_entropy smoothing", ALL, Head { smoothing: 0.1, ..head }),
         ("linear_cross_entropy transposed", SINGLE, Head { transposed: true, ..head }),
+        ("linear_cross_entropy of a trained head", SINGLE, Head { smoothing: 0.1, trained: true, ..head }),
+        ("linear_cross_entropy of a trained table", SINGLE, Head { transposed: true, trained: true, ..head }),
         // A chunk is 128 tokens of such a vocabulary.
         ("linear_cross_entropy chunks", SINGLE, Head { tokens: 150, width: 2, vocab: 1 << 14, smoothing: 0.1, ..head }),
     ];
@@ -30,12 +32,15 @@ struct Head {
     smoothing: f64,
     /// Whether the weight lies as a table of embeddings.
     transposed: bool,
+    /// Whether the weight has a gradient too.
+    trained: bool,
 }
 
 impl Head {
     fn deviation(self, dtype: DType, device: &Device) -> Result<f64, Failure> {
         let Self { tokens, width, vocab, .. } = self;
-        let inputs = [Input::trained(normal(tokens * width, 1.0, 1)), Input::frozen(normal(width * vocab, 1.0, 2))];
+        let weight = if self.trained { Input::trained } else { Input::frozen };
+        let inputs = [Input::trained(normal(tokens * width, 1.0, 1)), weight(normal(width * vocab, 1.0, 2))];
         let losses = |[x, weight]: [&[f64]; 2]| {
             let rows = x.chunks(width).enumerate();
             rows.map(|(token, row)| self.loss(row, weight, token)).collect()
@@ -44,7 +49,12 @@ impl Head {
             // A loss depends on its own row alone.
             let of_row =
                 |(token, row): (usize, &[f64])| gradient(|row| dy[token] * self.loss(row, weight, token), row, 1);
-            [Some(x.chunks(width).enumerate().flat_map(of_row).collect()), None]
+            let of_all = |weight: &[f64]| {
+                let rows = x.chunks(width).enumerate();
+                rows.map(|(token, row)| dy[token] * self.loss(row, weight, token)).sum()
+            };
+            let of_weight = self.trained.then(|| gradient(of_all, weight, 1));
+            [Some(x.chunks(width).enumerate().flat_map(of_row).collect()), of_weight]
         };
         let operation = |inputs| self.scores(inputs).losses;
         let of_losses = compare(&inputs, dtype, device, operation, losses, gradients)?;

@@ -161,6 +161,11 @@ impl Runner<'_> {
         checks.extend(self.laws("llama-adapter", prompt::llama_adapter()));
         let best = MixtureConfig::new(mixture::expert(), 3, RouterConfig::TopK { k: 2 });
         checks.extend(self.laws("mixture of the best", mixture::lora_laws(best.with_shared(1))));
+        for (name, laws) in mixture::other_routers() {
+            checks.extend(self.laws(&format!("mixture {name}"), laws));
+        }
+        checks.extend(self.laws("mixture of ia3", mixture::vectors().only(&mixture::VALUES)));
+        checks.extend(self.laws("mixture of bottlenecks", mixture::bottlenecks().only(&mixture::VALUES)));
         checks.extend(self.laws("pill", mixture::pill()));
         checks.extend(self.laws("multitask", prompt::multitask()));
         let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
