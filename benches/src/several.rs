@@ -94,7 +94,10 @@ impl Several {
         }
         let name = |task: &PathBuf| task.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let tasks: Vec<String> = self.tasks.iter().map(name).collect();
-        println!("| method | {} | mean | trained parameters | active experts | time, of the first |", tasks.join(" | "));
+        println!(
+            "| method | {} | mean | trained parameters | active experts | time, of the first |",
+            tasks.join(" | ")
+        );
         println!("|---|{}---|---|---|---|", "---|".repeat(tasks.len()));
         let mut first = None;
         for (name, flags) in wanted {

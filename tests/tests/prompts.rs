@@ -271,7 +271,7 @@ fn prompts_that_do_not_fit_are_refused() {
         prompt_tuning_init_text: Some(text.to_owned()),
         ..PromptTuningConfig::new(2)
     };
-    refused(base().attach(&of_text("  ")).unwrap_err(), "prompt_tuning_init_text");
+    refused(base().attach(&of_text("")).unwrap_err(), "prompt_tuning_init_text");
     // A prompt for a model of another width.
     let dir = testdata().join("prompts/llama/prompt_tuning");
     let mut file = AdapterFile::<PromptTuningConfig>::read(&dir).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use peft_core::{Error, Result, Site, Targets, check_size};
+use peft_core::{Error, Result, Site, Targets, block_of, check_size};
 use serde::{Deserialize, Serialize};
 
 /// What AdapterHub's models, and those here, call the ends of a block's sub-layers.
@@ -273,11 +273,6 @@ impl BottleneckConfig {
         }
         Ok(())
     }
-}
-
-/// The number of the block that a place is in.
-pub(crate) fn block_of(path: &str) -> Option<usize> {
-    path.split('.').find_map(|part| part.parse().ok())
 }
 
 /// Serde for a type that files give as one kind of value or as a word.

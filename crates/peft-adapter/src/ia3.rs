@@ -116,6 +116,10 @@ impl Method for Ia3Config {
         &self.targets
     }
 
+    fn takes_whole_rows(&self) -> bool {
+        self.use_gating
+    }
+
     fn check(&self) -> Result<()> {
         self.is_feedforward("")?;
         if self.use_gating && self.feedforward_modules != Names::List(Vec::new()) {

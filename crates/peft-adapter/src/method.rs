@@ -7,10 +7,11 @@ use burn::tensor::Tensor;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
     Activation, AdapterFile, Composable, End, Error, FileTensor, LayerKind, Method, Part, Result, Site, Targets,
+    block_of,
 };
 
 use crate::bottleneck::Bottleneck;
-use crate::config::{BottleneckConfig, InvAdapter, block_of};
+use crate::config::{BottleneckConfig, InvAdapter};
 use crate::hub;
 use crate::invertible::Nice;
 
@@ -30,6 +31,10 @@ impl Method for BottleneckConfig {
 
     fn targets(&self) -> &Targets {
         &self.targets
+    }
+
+    fn takes_whole_rows(&self) -> bool {
+        self.use_gating
     }
 
     fn check(&self) -> Result<()> {

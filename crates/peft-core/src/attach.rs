@@ -7,8 +7,8 @@ use burn::tensor::{DType, Tensor};
 
 use crate::targets::unmatched;
 use crate::{
-    Error, LayerKind, Matcher, Method, ParamVisitor, PathStack, Problem, Result, Scan, Site, activation, hf_name, scan,
-    visit_params,
+    Error, LayerKind, Matcher, Method, ParamVisitor, PathStack, Problem, Result, Room, Scan, Site, activation, hf_name,
+    scan, visit_params,
 };
 
 /// [`attach`] and the report as methods of every Burn module.
@@ -37,13 +37,13 @@ impl<T: Module> Peft for T {}
 /// [`Error::Attach`] with every reason at once: nothing matched (with the nearest names), a layer of another kind, already adapted, no
 /// activation seam where the method needs one. [`Error::Config`] for a configuration that makes no sense. Nothing is changed then.
 pub fn attach<T: Module, M: Method>(module: T, method: &M, seed: u64) -> Result<T> {
-    attach_within(module, method, seed, usize::MAX)
+    attach_within(module, method, seed, &Room::default())
 }
 
-/// [`attach`], with at most so many values in a tensor of the adapter.
-pub(crate) fn attach_within<T: Module, M: Method>(module: T, method: &M, seed: u64, most: usize) -> Result<T> {
+/// [`attach`], with so much room for the adapter.
+pub(crate) fn attach_within<T: Module, M: Method>(module: T, method: &M, seed: u64, room: &Room) -> Result<T> {
     let mut found = scan(&module);
-    found.sites.iter_mut().for_each(|site| site.most = most);
+    found.sites.iter_mut().for_each(|site| site.room = room.clone());
     let sites = method.select(&found)?;
     let adapters: HashMap<_, _> = sites.iter().map(|site| site.id).zip(method.init_all(&sites, seed)?).collect();
     let trained = trained_base(&module, method, &found, &sites)?;

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 use crate::attach::attach_within;
 use crate::rebuild::Adapters;
 use crate::{
-    Error, LayerKind, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Site, base_fingerprint,
+    Error, LayerKind, Method, ParamMapper, ParamVisitor, PathStack, Problem, Result, Room, Site, base_fingerprint,
     map_params, scan, visit_params,
 };
 
@@ -177,11 +177,7 @@ pub fn load_adapter<T: Module, M: Method>(module: T, dir: &Path) -> Result<(T, M
 /// # Errors
 /// As [`load_adapter`].
 pub fn load_adapter_with<T: Module, M: Method>(module: T, dir: &Path, strictness: Strictness) -> Result<(T, M)> {
-    let mut file = AdapterFile::<M>::read(dir)?;
-    (file.method, file.tensors) = file.method.renew(file.tensors, &scan(&module))?;
-    let module = attach_within(module, &file.method, 0, room(&file.tensors))?;
-    let method = file.method.clone();
-    Ok((file.fill(module, &dir.join(TENSOR_FILE), strictness)?, method))
+    AdapterFile::read(dir)?.load_into(module, &dir.join(TENSOR_FILE), strictness)
 }
 
 impl<M: Method> AdapterFile<M> {
@@ -192,8 +188,7 @@ impl<M: Method> AdapterFile<M> {
     /// # Errors
     /// When the device fails to hand out a tensor, or there is no adapter of this method.
     pub fn collect<T: Module>(module: &T, method: &M) -> Result<Self> {
-        let mut collector =
-            Collector { keys: Keys::<M>::new(module, method)?, tensors: BTreeMap::new(), problems: Vec::new() };
+        let mut collector = Collector::<M>::new(module, method)?;
         if collector.keys.adapted.is_empty() {
             let path = "model".to_owned();
             collector.problems.push(Problem::Other { path, what: "carries no adapter".to_owned() });
@@ -229,8 +224,9 @@ impl<M: Method> AdapterFile<M> {
             problems.extend(tensors.into_keys().map(|name| Problem::Unknown { name }));
         }
         if let Some(stored) = stored.filter(|_| problems.is_empty()) {
-            let computed = Self::collect(&module, &self.method)?.tensors.remove(PROMPT_KEY);
-            if computed.is_none_or(|computed| differ(&computed, &stored)) {
+            let mut computed = Collector::<M>::new(&module, &self.method)?;
+            computed.compute(&module, &self.method)?;
+            if computed.tensors.get(PROMPT_KEY).is_none_or(|computed| differ(computed, &stored)) {
                 let what = format!(
                     "{ENCODER_FILE} computes another prompt; remove it where something else has trained the prompt since"
                 );
@@ -238,6 +234,17 @@ impl<M: Method> AdapterFile<M> {
             }
         }
         if problems.is_empty() { Ok(module) } else { Err(Error::Tensors { path: path.to_owned(), problems }) }
+    }
+
+    /// Attaches the method to `module`, which must be un-adapted, and puts these tensors in. What the method asks for is not made where the file has far less.
+    ///
+    /// # Errors
+    /// As [`attach`](crate::attach) and [`fill`](Self::fill).
+    pub fn load_into<T: Module>(mut self, module: T, path: &Path, strictness: Strictness) -> Result<(T, M)> {
+        (self.method, self.tensors) = self.method.renew(self.tensors, &scan(&module))?;
+        let module = attach_within(module, &self.method, 0, &room(&self.tensors))?;
+        let method = self.method.clone();
+        Ok((self.fill(module, path, strictness)?, method))
     }
 
     /// Reads a folder, in PEFT's layout or AdapterHub's.
@@ -337,12 +344,12 @@ impl<M: Method> AdapterFile<M> {
     }
 }
 
-/// Most values of a tensor that is made before it is compared with those of a file: a configuration that asks for far more than is there gets nothing.
-fn room(tensors: &BTreeMap<String, Values>) -> usize {
+/// How much is made before it is compared with a file: a configuration that asks for far more than is there gets nothing.
+fn room(tensors: &BTreeMap<String, Values>) -> Room {
     /// Little enough for any machine, so that what is missing from a small file is named.
-    const ALWAYS: usize = 1 << 18;
-    let largest = tensors.values().map(|values| values.values.len()).max().unwrap_or_default();
-    largest.saturating_mul(4).max(ALWAYS)
+    const ALWAYS: usize = 1 << 20;
+    let all: usize = tensors.values().map(|values| values.values.len()).sum();
+    Room::of(all.saturating_mul(2).max(ALWAYS))
 }
 
 /// Whether they are different things, rather than the same one computed on different devices.
@@ -500,6 +507,10 @@ struct Collector<M> {
 }
 
 impl<M: Method> Collector<M> {
+    fn new<T: Module>(module: &T, method: &M) -> Result<Self> {
+        Ok(Self { keys: Keys::new(module, method)?, tensors: BTreeMap::new(), problems: Vec::new() })
+    }
+
     /// Adds what the adapters compute.
     fn compute<T: Module>(&mut self, module: &T, method: &M) -> Result<()> {
         if !method.has_prompts() {

@@ -58,7 +58,7 @@ pub use files::{AdapterFile, Strictness, load_adapter, load_adapter_with, save_a
 pub use fingerprint::base_fingerprint;
 pub use gate::Gate;
 pub use grouped::{GroupedBase, GroupedLinear};
-pub use location::{HfName, LayerKind, Location, PathStack, hf_name};
+pub use location::{HfName, LayerKind, Location, PathStack, block_of, hf_name};
 pub use merge::merge;
 pub use method::{FileTensor, Method};
 pub use modalities::{Modalities, Modality, by_modality, for_modalities, for_text, modalities};
@@ -70,7 +70,7 @@ pub use prompts::{Places, Prompt, PromptShape, Prompts, Reading, mean_of_tokens}
 pub use quantized::{Quantized, pack};
 pub use report::{Report, report};
 pub use scope::within;
-pub use site::{AdapterAware, Scan, Site, rng_of, scan};
+pub use site::{AdapterAware, Room, Scan, Site, rng_of, scan};
 pub use sub_layer::{End, Norm, SubLayer};
 pub use targets::{Bias, Matcher, Names, OneOrMany, Targets, pattern_value};
 pub use tasks::{for_tasks, tasks};

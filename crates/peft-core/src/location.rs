@@ -233,6 +233,11 @@ pub struct HfName {
     pub transposed: bool,
 }
 
+/// The number of the block that the layer at `path` is in: `model.layers.3.mlp` is in block 3. Nothing for one that is in none.
+pub fn block_of(path: &str) -> Option<usize> {
+    path.split('.').find_map(|part| part.parse().ok())
+}
+
 /// How Hugging Face `transformers` names a base parameter of rank `rank`, given that modules carry the same names here and there.
 ///
 /// Linear weights are transposed, Burn's `gamma` and `beta` of norms are `weight` and `bias`, and the weights of several experts have the name of their layer.

@@ -8,7 +8,7 @@ use crate::within;
 
 thread_local! {
     /// What [`for_mask`] was called with, further down this thread's stack.
-    static MASK: RefCell<Option<Tensor<2, Int>>> = const { RefCell::new(None) };
+    static MASK: RefCell<Option<Option<Tensor<2, Int>>>> = const { RefCell::new(None) };
 }
 
 /// Computes `forward` for a batch with that mask, `[batch, seq]`: 1 for a token, 0 for padding. Without one, or without the call, there is no padding.
@@ -24,13 +24,10 @@ thread_local! {
 /// assert!(mask([1, 3]).is_none());
 /// ```
 pub fn for_mask<R>(mask: Option<Tensor<2, Int>>, forward: impl FnOnce() -> R) -> R {
-    match mask {
-        Some(mask) => within(&MASK, mask, forward),
-        None => forward(),
-    }
+    within(&MASK, mask, forward)
 }
 
 /// The mask of a batch of that many rows and tokens; nothing where none is padding, or the mask is of another batch.
 pub fn mask(leading: [usize; 2]) -> Option<Tensor<2, Int>> {
-    MASK.with_borrow(Clone::clone).filter(|mask| mask.dims() == leading)
+    MASK.with_borrow(Clone::clone).flatten().filter(|mask| mask.dims() == leading)
 }

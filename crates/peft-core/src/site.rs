@@ -2,6 +2,8 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -43,8 +45,25 @@ pub struct Site {
     pub prompt: Option<PromptShape>,
     /// Device of the weight.
     pub device: Device,
-    /// Most values that a tensor of an adapter may have, by the file that it is for.
-    pub most: usize,
+    /// How much room there is for adapters, in all sites together.
+    pub room: Room,
+}
+
+/// How many values the tensors of an adapter may still have: as many as memory holds, or fewer where the adapter is for a file.
+#[derive(Clone, Debug, Default)]
+pub struct Room(Option<Arc<AtomicUsize>>);
+
+impl Room {
+    /// Room for so many values; clones share it.
+    pub(crate) fn of(values: usize) -> Self {
+        Self(Some(Arc::new(AtomicUsize::new(values))))
+    }
+
+    /// Takes room for so many, if there is as much.
+    fn take(&self, count: usize) -> bool {
+        let left = |left: usize| left.checked_sub(count);
+        self.0.as_ref().is_none_or(|room| room.fetch_update(Relaxed, Relaxed, left).is_ok())
+    }
 }
 
 /// Whether a path is that of the router of a mixture of experts.
@@ -82,12 +101,9 @@ impl Site {
     pub fn param<const D: usize>(&self, shape: [usize; D], mut next: impl FnMut() -> f32) -> Result<Param<Tensor<D>>> {
         let count = shape.iter().try_fold(1_usize, |count, dim| count.checked_mul(*dim));
         let mut values = Vec::new();
-        let count = count.filter(|count| *count <= self.most && values.try_reserve_exact(*count).is_ok());
+        let count = count.filter(|count| self.room.take(*count) && values.try_reserve_exact(*count).is_ok());
         let count = count.ok_or_else(|| {
-            let expected = match self.most {
-                usize::MAX => "values that there is memory for".to_owned(),
-                most => format!("a tensor of its file, of which none has more than {most} values"),
-            };
+            let expected = if self.room.0.is_some() { "tensors of its file" } else { "values that memory holds" };
             Error::config(format!("the adapter at {}", self.path), expected, format!("{shape:?}"))
         })?;
         values.extend((0..count).map(|_| next()));
@@ -319,7 +335,7 @@ impl ModuleVisitor for Scanner {
                 prompt: None,
                 dtype: if param.is_initialized() { param.base().dtype() } else { DType::F32 },
                 device: param.lazy_device(),
-                most: usize::MAX,
+                room: Room::default(),
             });
         }
     }

@@ -185,6 +185,10 @@ impl Method for LoraConfig {
         &self.targets
     }
 
+    fn takes_whole_rows(&self) -> bool {
+        self.use_gating
+    }
+
     fn check(&self) -> Result<()> {
         self.rank_pattern.values().chain([&self.rank]).try_for_each(|rank| check_size("r", *rank))?;
         if !(0.0..1.0).contains(&self.dropout) {

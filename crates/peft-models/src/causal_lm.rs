@@ -1,9 +1,9 @@
 //! One type for every decoder that this crate builds.
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft_core::Prompts;
+use burn::tensor::{Device, Int, Tensor};
 use peft_core::kernels::Scores;
+use peft_core::{Prompts, for_mask};
 
 use crate::attention::{KvCache, Layout};
 use crate::config::ModelConfig;
@@ -112,7 +112,7 @@ impl CausalLm {
     }
 
     /// [`forward`](Self::forward) of rows that are padded on the left, as batches from elsewhere may be, by so many tokens each: a token gets the logits that it has without padding, behind
-    /// what is learned in front of its row too. Those at padding mean nothing.
+    /// what is learned in front of its row too. Those at padding mean nothing. Only a gate of an adapter, which is the mean over a whole row, sees the padding.
     ///
     /// # Panics
     /// Without a number for each row that is below its length.
@@ -120,14 +120,23 @@ impl CausalLm {
         let ([batch, seq], device) = (ids.dims(), ids.device());
         let fits = padding.len() == batch && padding.iter().all(|padding| *padding < seq);
         assert!(fits, "padding {padding:?} of {batch} rows of {seq} tokens");
-        // Rows are turned, so that padding is on the right, where no token sees it, and their logits are turned back.
+        let ints = |values: Vec<i64>| Tensor::<1, Int>::from_data(&values[..], &device);
+        // Rows are turned, so that padding is on the right, where no token sees it, and what comes of them is turned back.
         let turned = |by: &dyn Fn(usize) -> usize| {
-            let from = padding.iter().flat_map(|padding| (0..seq).map(move |at| ((at + by(*padding)) % seq) as i64));
-            Tensor::<2, Int>::from_data(TensorData::new(from.collect::<Vec<_>>(), [batch, seq]), &device)
+            let row = |(row, padding): (usize, &usize)| {
+                let by = by(*padding);
+                (0..seq).map(move |at| (row * seq + (at + by) % seq) as i64).collect::<Vec<_>>()
+            };
+            ints(padding.iter().enumerate().flat_map(row).collect())
         };
-        let logits = self.forward(ids.gather(1, turned(&|padding| padding)));
-        let back = turned(&|padding| seq - padding).unsqueeze_dim::<3>(2).repeat_dim(2, logits.dims()[2]);
-        logits.gather(1, back)
+        let real = padding.iter().flat_map(|padding| (0..seq).map(move |at| i64::from(at < seq - padding)));
+        let mask = ints(real.collect()).reshape([batch, seq]);
+        let ids = ids.flatten::<1>(0, 1).select(0, turned(&|padding| padding)).reshape([batch, seq]);
+        let hidden = for_mask(Some(mask), || self.hidden(ids, Layout::Rows, None));
+        let hidden = hidden.flatten::<2>(0, 1).select(0, turned(&|padding| seq - padding));
+        let logits = self.head(hidden);
+        let vocab = logits.dims()[1];
+        logits.reshape([batch, seq, vocab])
     }
 
     /// The same model with an output head apart from the embedding table, where the family allows it.

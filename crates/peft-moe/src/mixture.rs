@@ -13,6 +13,7 @@ use burn::module::{Module, Reparameterization};
 use burn::tensor::Tensor;
 use peft_core::{
     Activation, Base, Composable, End, Error, Experts, FileTensor, LayerKind, Method, Part, Result, Site, Targets,
+    block_of,
 };
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +75,9 @@ fn one() -> f64 {
     1.0
 }
 
+/// As many tasks as there are at most, and the width of the widest embedding of one.
+pub(crate) const MOST_TASKS: usize = 65_536;
+
 /// As many experts as a place has at most, of each sort.
 const MOST_EXPERTS: usize = 4096;
 
@@ -83,11 +87,6 @@ pub(crate) fn check_count(field: &str, allowed: RangeInclusive<usize>, count: us
         return Ok(());
     }
     Err(Error::config(field, format!("from {} to {}", allowed.start(), allowed.end()), count))
-}
-
-/// The number of the block that a layer is in; nothing for one that is in none.
-pub(crate) fn block_of(path: &str) -> Option<usize> {
-    path.split('.').find_map(|part| part.parse().ok())
 }
 
 impl<M: Method> MixtureConfig<M> {

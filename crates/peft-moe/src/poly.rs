@@ -19,7 +19,7 @@ use peft_core::{
 use peft_lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::mixture::check_count;
+use crate::mixture::{MOST_TASKS, check_count};
 
 /// Configuration of Poly; its JSON is Hugging Face's `adapter_config.json`.
 ///
@@ -169,8 +169,6 @@ const A: &str = "poly_lora_A";
 const B: &str = "poly_lora_B";
 const LOGITS: &str = "poly_router.module_logits";
 
-/// As many tasks as there are at most, and splits.
-const MOST: usize = 65_536;
 /// As many skills.
 const MOST_SKILLS: usize = 4096;
 
@@ -246,8 +244,8 @@ impl Method for PolyConfig {
 
     fn check(&self) -> Result<()> {
         check_size("r", self.rank)?;
-        check_count("n_tasks", 1..=MOST, self.n_tasks)?;
-        check_count("n_splits", 1..=MOST, self.n_splits)?;
+        check_count("n_tasks", 1..=MOST_TASKS, self.n_tasks)?;
+        check_count("n_splits", 1..=MOST_TASKS, self.n_splits)?;
         check_count("n_skills", 1..=MOST_SKILLS, self.n_skills)
     }
 

@@ -14,10 +14,7 @@ use peft_core::{Auxiliary, Error, Result, Site, mask, mean_of_tokens, say_auxili
 use serde::{Deserialize, Serialize};
 
 use crate::balance::{Balance, Rows, entropy, load};
-use crate::mixture::check_count;
-
-/// As many tasks as there are at most, and the width of the widest embedding of one.
-const MOST: usize = 65_536;
+use crate::mixture::{MOST_TASKS, check_count};
 
 /// What opens gates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -110,8 +107,8 @@ impl RouterConfig {
                 Err(Error::config("router", "top_p of a probability above 0", p))
             }
             Self::Task { num_tasks, embedding_dim } => {
-                check_count("router.num_tasks", 1..=MOST, *num_tasks)?;
-                check_count("router.embedding_dim", 1..=MOST, *embedding_dim)
+                check_count("router.num_tasks", 1..=MOST_TASKS, *num_tasks)?;
+                check_count("router.embedding_dim", 1..=MOST_TASKS, *embedding_dim)
             }
             _ => Ok(()),
         }

@@ -22,7 +22,7 @@ use indexmap::IndexMap;
 use peft_core::files::Values;
 use peft_core::{
     Activation, AdapterFile, Bias, Error, FileTensor, LayerKind, Method, Problem, Result, Scan, Site, Strictness,
-    Targets, attach,
+    Targets, attach, block_of,
 };
 use peft_lora::{LoraAdapter, LoraConfig};
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use self::adapter::Mix;
 pub use self::adapter::XLoraAdapter;
 use self::classifier::Classifier;
-use crate::mixture::{block_of, check_count};
+use crate::mixture::check_count;
 
 /// Configuration of X-LoRA; its JSON is Hugging Face's `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -82,7 +82,7 @@ impl PromptBankConfig {
             if prompt.shape != shape {
                 return Err(Error::config(KEY, format!("{shape:?}, as in the first"), format!("{:?}", prompt.shape)));
             }
-            if file.base_fingerprint != first.base_fingerprint {
+            if (&file.base_fingerprint, &file.base_model) != (&first.base_fingerprint, &first.base_model) {
                 return Err(Error::config("base_model_name_or_path", "the base of the first", "another one"));
             }
             values.extend_from_slice(&prompt.values);
@@ -144,6 +144,9 @@ impl Banked for PrefixTuningConfig {
 ///
 /// # Shapes
 /// `ids`: `[batch, seq]`; logits `[prompts · batch, …, classes]`; result `[batch, …, classes]`, whose last dimension sums to one
+///
+/// # Panics
+/// Without a prompt.
 pub fn ensemble<const D: usize>(
     prompts: usize,
     ids: Tensor<2, Int>,

@@ -84,7 +84,7 @@ impl Method for PromptTuningConfig {
 
     fn check(&self) -> Result<()> {
         let text = self.prompt_tuning_init_text.as_deref().unwrap_or_default();
-        if self.prompt_tuning_init == PromptInit::Text && text.trim().is_empty() {
+        if self.prompt_tuning_init == PromptInit::Text && text.is_empty() {
             return Err(Error::config("prompt_tuning_init_text", "the text that prompt_tuning_init asks for", "none"));
         }
         check_size("num_virtual_tokens", self.num_virtual_tokens)

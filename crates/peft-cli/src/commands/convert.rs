@@ -8,6 +8,7 @@ use peft_lora::LoraConfig;
 use peft_models::heads::{HUB_HEAD_FILES, has_hub_head, rename_hub_head};
 use peft_moe::{MixtureConfig, PolyConfig, task_lora};
 use peft_prompt::MultitaskPromptTuningConfig;
+use peft_train::TASK_FILE;
 use serde_json::json;
 
 use crate::output::quoted;
@@ -95,6 +96,13 @@ fn of_task(args: &Args, peft_type: &str, task: usize, context: &Context) -> Resu
         return Err(Error::usage(what, format!("an adapter of {}", known.join(", "))));
     };
     write(&args.adapter, task, &args.out)?;
+    // What the labels of an encoder mean stays what it is.
+    let (from, to) = (args.adapter.join(TASK_FILE), args.out.join(TASK_FILE));
+    if from.is_file() {
+        std::fs::copy(from, &to).map_err(Error::io(&to))?;
+    } else if to.is_file() {
+        std::fs::remove_file(&to).map_err(Error::io(&to))?;
+    }
     context.output.field("task", task)?;
     context.output.field("files", quoted(&args.out))?;
     context.output.json(&json!({ "layout": "PEFT", "task": task, "out": args.out }))

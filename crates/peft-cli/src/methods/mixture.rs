@@ -10,7 +10,9 @@ use crate::settings::{Init, Settings};
 use crate::{Error, Result};
 
 /// Settings that all mixtures have.
-const OF_ALL: [&str; 3] = ["num-experts", "experts-per-layer", "shared-experts"];
+const OF_ALL: [&str; 1] = ["num-experts"];
+/// Settings of mixtures whose layers may differ.
+const OF_LAYERS: [&str; 2] = ["experts-per-layer", "shared-experts"];
 /// Settings of routers that look at their input.
 pub(super) const OF_ROUTERS: [&str; 4] = ["top-k", "top-p", "balance", "z-loss"];
 /// Settings of experts that are `LoRA`.
@@ -18,7 +20,7 @@ const OF_LORA: [&str; 3] = ["rank", "alpha", "dropout"];
 
 /// `MoLoRA`; with `--top-k` the best alone.
 pub(super) fn molora(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> {
-    lora(settings, "molora", &OF_ROUTERS, peft_moe::molora(targets(settings)?))
+    lora(settings, "molora", &[&OF_LAYERS[..], &OF_ROUTERS].concat(), peft_moe::molora(targets(settings)?))
 }
 
 /// `LoRAMoE`, with a group of experts for each file of data, two at least.
@@ -26,7 +28,7 @@ pub(super) fn loramoe(settings: &Settings) -> Result<MixtureConfig<LoraConfig>> 
     let mut method = peft_moe::loramoe(targets(settings)?);
     method.balance.groups = settings.data.len().max(method.balance.groups);
     method.num_experts = method.num_experts.next_multiple_of(method.balance.groups);
-    lora(settings, "loramoe", &[], method)
+    lora(settings, "loramoe", &OF_LAYERS, method)
 }
 
 /// `MOELoRA`, with a task for each file of data.
@@ -45,7 +47,7 @@ pub(super) fn poly(settings: &Settings) -> Result<PolyConfig> {
 
 /// `MoV`.
 pub(super) fn mov(settings: &Settings) -> Result<MixtureConfig<Ia3Config>> {
-    only(settings, "mov", &[&OF_ALL[..], &OF_ROUTERS].concat())?;
+    only(settings, "mov", &[&OF_ALL[..], &OF_LAYERS, &OF_ROUTERS].concat())?;
     routed(settings, "mov", peft_moe::mov(targets(settings)?))
 }
 

@@ -1,7 +1,7 @@
 //! Prompt methods as the settings of `peft train` ask for them, and what their prompts start from.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Int, Tensor};
 use peft_core::{Method, Targets, attach, rng_of};
 use peft_models::{CausalLm, Encoder, ModelFiles};
 use peft_prompt::{
@@ -40,12 +40,12 @@ impl<M> Prompted<M> {
 
 /// What prompts of a length start from.
 struct Start {
-    from: From,
+    from: Origin,
     prompts: usize,
     tokens: usize,
 }
 
-enum From {
+enum Origin {
     /// What the method says.
     Own,
     /// What the model makes of random tokens.
@@ -63,9 +63,9 @@ pub(super) fn prompt(settings: &Settings) -> Result<Prompted<PromptTuningConfig>
     let start = start(settings, 1)?;
     let prompt_tuning_init = match start.from {
         // PEFT has no word for labels; what is learned is in the file.
-        From::Own | From::Labels(_) => PromptInit::Random,
-        From::Vocabulary => PromptInit::SampleVocab,
-        From::Text(_) => PromptInit::Text,
+        Origin::Own | Origin::Labels(_) => PromptInit::Random,
+        Origin::Vocabulary => PromptInit::SampleVocab,
+        Origin::Text(_) => PromptInit::Text,
     };
     let method = PromptTuningConfig {
         num_virtual_tokens: tokens(settings),
@@ -119,7 +119,7 @@ pub(super) fn prefix(settings: &Settings, name: &str) -> Result<Prompted<PrefixT
             let what = "--prefix-projection: an encoder computes the prefix, so it cannot start from what is given";
             return Err(Error::usage(what, "leave out --prompt-text and --init, or the encoder"));
         }
-        start.from = From::Own;
+        start.from = Origin::Own;
     }
     Ok(Prompted::new(method, start))
 }
@@ -143,7 +143,7 @@ pub(super) fn p_tuning(settings: &Settings) -> Result<Prompted<PTuningConfig>> {
     };
     // What makes no sense is said before anything is read.
     Method::check(&method)?;
-    let start = Start { from: From::Own, prompts: 1, tokens: method.num_virtual_tokens };
+    let start = Start { from: Origin::Own, prompts: 1, tokens: method.num_virtual_tokens };
     Ok(Prompted { placeholder: settings.placeholder.clone(), ..Prompted::new(method, start) })
 }
 
@@ -158,10 +158,10 @@ pub(super) fn besides(settings: &Settings) -> Besides {
 /// A text or labels if there are some; else what is usual, that is tokens of the model's own, since prompts that start at random values learn slowly. For so many prompts.
 fn start(settings: &Settings, prompts: usize) -> Result<Start> {
     let from = match (&settings.prompt_text, &settings.prompt_labels[..], settings.init) {
-        (Some(text), [], Init::Kaiming) => From::Text(text.clone()),
-        (None, [], Init::Kaiming) => From::Vocabulary,
-        (None, labels, Init::Kaiming) => From::Labels(labels.to_vec()),
-        (None, [], Init::Random) => From::Own,
+        (Some(text), [], Init::Kaiming) => Origin::Text(text.clone()),
+        (None, [], Init::Kaiming) => Origin::Vocabulary,
+        (None, labels, Init::Kaiming) => Origin::Labels(labels.to_vec()),
+        (None, [], Init::Random) => Origin::Own,
         (None, [], init) => {
             let what = format!("--init {}: a prompt has no such initial values", init.name());
             return Err(Error::usage(what, "leave it out, --init random, --prompt-text, or --prompt-labels"));
@@ -186,12 +186,12 @@ impl Start {
             if ids.is_empty() { Err(none()) } else { Ok(ids) }
         };
         let one = match &self.from {
-            From::Own => return Ok(None),
-            From::Vocabulary => return Ok(Some(random(self.prompts * n))),
-            From::Text(text) => {
+            Origin::Own => return Ok(None),
+            Origin::Vocabulary => return Ok(Some(random(self.prompts * n))),
+            Origin::Text(text) => {
                 encoded("--prompt-text", text)?.into_iter().cycle().take(n).map(|id| vec![id]).collect()
             }
-            From::Labels(labels) => {
+            Origin::Labels(labels) => {
                 let labels = labels.iter().map(|label| encoded("--prompt-labels", label));
                 let mut ids = labels.collect::<Result<Vec<_>>>()?;
                 if ids.len() > n {
@@ -315,8 +315,8 @@ impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
         let Some(ids) = ids else { return Ok(attach(model, &method, seed)?) };
         let device = model.devices().into_iter().next().unwrap_or_default();
         let all: Vec<i64> = ids.iter().flatten().copied().map(i64::from).collect();
-        let all = TensorData::new(all.clone(), [1, all.len()]);
-        let values = method.values(&model.valid(), Tensor::from_data(all, &device.without_autodiff()))?;
+        let all = Tensor::<1, Int>::from_data(&all[..], &device.without_autodiff()).unsqueeze();
+        let values = method.values(&model.valid(), all)?;
         Ok(start_at(model, &method, &means(&values, &ids), seed)?)
     }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::module::Module;
-use peft_core::{Peft as _, Strictness, merge};
+use peft_core::{Strictness, merge};
 use peft_union::{PUBLISHED, read_published};
 
 use super::{AdapterFiles, FilesOn};
@@ -31,13 +31,12 @@ impl AdapterFiles for Published {
 
 impl<T: Module> FilesOn<T> for Published {
     fn load(&self, model: T, dir: &Path) -> Result<(T, Option<usize>)> {
-        let file = read_published(dir)?;
-        let model = model.attach(&file.method)?;
-        Ok((file.fill(model, dir, Strictness::default())?, None))
+        let (model, _) = read_published(dir)?.load_into(model, dir, Strictness::default())?;
+        Ok((model, None))
     }
 
     fn merge(&self, model: T, dir: &Path) -> Result<T> {
-        let method = read_published(dir)?.method;
-        Ok(merge(self.load(model, dir)?.0, &method)?)
+        let (model, method) = read_published(dir)?.load_into(model, dir, Strictness::default())?;
+        Ok(merge(model, &method)?)
     }
 }

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use peft_adapter::ReductionFactor;
-use peft_core::{Targets, attach};
+use peft_core::{Method as _, Targets, attach};
 use peft_models::ModelFiles;
 use peft_train::{AdapterOf, Trained};
 use peft_union::{AnyUnion, Parts};
@@ -38,7 +38,12 @@ pub(super) fn unipelt(settings: &Settings) -> Result<Mixed> {
 /// `MixLoRA`: experts in every gated feed-forward part, and `LoRA` on the layers that the user chooses.
 pub(super) fn mixlora(settings: &Settings) -> Result<Mixed> {
     let mut mixlora = peft_moe::mixlora(Targets::modules(["mlp"]));
-    mixlora.mixture = mixture::lora(settings, "mixlora", &mixture::OF_ROUTERS, mixlora.mixture)?;
+    mixlora.mixture = mixture::lora(
+        settings,
+        "mixlora",
+        &[&["experts-per-layer"][..], &mixture::OF_ROUTERS].concat(),
+        mixlora.mixture,
+    )?;
     sized(settings, "mixlora", Parts::mixlora_with(mixlora, targets(settings)?))
 }
 
@@ -76,5 +81,9 @@ impl<T: Module> Adapts<T> for Mixed {
 impl Adaptation for Mixed {
     fn targets(&self) -> Option<&Targets> {
         self.layers.as_ref()
+    }
+
+    fn reads_ahead(&self) -> bool {
+        self.method.takes_whole_rows()
     }
 }

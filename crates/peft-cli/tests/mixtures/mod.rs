@@ -9,7 +9,10 @@ fn mixtures_are_trained_used_and_resumed() {
     let (model, first, second) = (shop.path("model"), shop.path("data.jsonl"), shop.path("second.jsonl"));
     fs::write(&second, fs::read_to_string(&first).unwrap().replace("I am {{name}}.", "No {{name}}!")).unwrap();
     let methods: [(&str, &[&str]); 5] = [
-        ("molora", &["--num-experts", "4", "--top-k", "2", "--balance", "0.01", "--rank", "2", "--shared-experts", "1"]),
+        (
+            "molora",
+            &["--num-experts", "4", "--top-k", "2", "--balance", "0.01", "--rank", "2", "--shared-experts", "1"],
+        ),
         ("loramoe", &["--num-experts", "4", "--rank", "2"]),
         ("mixlora", &["--num-experts", "4", "--rank", "2", "--targets", "q_proj,v_proj"]),
         ("moelora", &["--num-experts", "3"]),
@@ -33,11 +36,7 @@ fn mixtures_are_trained_used_and_resumed() {
         let load = experts["load"].as_object().unwrap().values().next().unwrap().as_array().unwrap();
         let sum: f64 = load.iter().map(|part| part.as_f64().unwrap()).sum();
         assert!((sum - 1.0).abs() < 1e-5, "{method}: {experts}");
-        assert_eq!(
-            experts["loss"].as_f64().unwrap() > 0.0,
-            method != "moelora",
-            "{experts}"
-        );
+        assert_eq!(experts["loss"].as_f64().unwrap() > 0.0, method != "moelora", "{experts}");
         let task: &[&str] = if method == "moelora" { &["--task-id", "1"] } else { &[] };
         let adapted = ["--model", &model, "--adapter", &out];
         let data = ["--data", &second, "--set", "name=Ada"];
@@ -67,9 +66,8 @@ fn a_task_is_a_lora(shop: &Workshop) {
     let (model, all, one) = (shop.path("model"), shop.path("moelora"), shop.path("one"));
     json_of(&["convert", "--json", "--adapter", &all, "--task-id", "1", "--out", &one]);
     let used = |task: &str| -> Vec<f64> {
-        let json = json_of(&[
-            "logits", "--model", &model, "--tokens", "3,14,15,92,65", "--adapter", &all, "--task-id", task,
-        ]);
+        let json =
+            json_of(&["logits", "--model", &model, "--tokens", "3,14,15,92,65", "--adapter", &all, "--task-id", task]);
         json["logits"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
     };
     assert!(deviation(&logits(&model, Some(&one)), &used("1")) < 1e-4);

@@ -43,7 +43,7 @@ impl XLoraAdapter {
     /// How far each expert counts for the rows of `x`, `[rows, experts]`; nothing where none does.
     fn gates(&self, x: &Tensor<2>) -> Option<Tensor<2>> {
         let (rows, experts) = (x.dims()[0], self.experts.len());
-        let mut scalings = match scalings() {
+        let mut scalings = match scalings()? {
             Scalings::Same(0.0) => return None,
             Scalings::Same(value) => Tensor::full([rows, experts], value, (&x.device(), x.dtype())),
             Scalings::Each(all) => {

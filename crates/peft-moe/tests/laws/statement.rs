@@ -34,11 +34,8 @@ pub(crate) const VALUES: [&str; 4] = ["identity", "seams", "reference", "backend
 
 /// The laws of values for routers that choose in other ways than the best two.
 pub(crate) fn other_routers() -> Vec<(&'static str, Laws<MixtureConfig<LoraConfig>>)> {
-    let routers = [
-        ("soft", RouterConfig::Soft),
-        ("top-p", RouterConfig::TopP { p: 0.7 }),
-        ("switch", RouterConfig::Switch),
-    ];
+    let routers =
+        [("soft", RouterConfig::Soft), ("top-p", RouterConfig::TopP { p: 0.7 }), ("switch", RouterConfig::Switch)];
     routers.map(|(name, router)| (name, lora_laws(MixtureConfig::new(expert(), 3, router)).only(&VALUES))).into()
 }
 
