@@ -92,7 +92,7 @@ pub struct Settings {
     /// molora, mov, mixlora: each token goes through the fewest experts whose probabilities reach P together
     #[arg(long, help_heading = "Method", value_name = "P")]
     pub top_p: Option<f64>,
-    /// molora, mov, loramoe, mixlora: other numbers of experts by the layer, from the first on: `8,8,4,4` (MoLA)
+    /// molora, mov, loramoe, mixlora: other numbers of experts by the layer, from the first on: `8,8,4,4`
     #[arg(long, value_delimiter = ',', help_heading = "Method", value_name = "NUMBERS")]
     #[serde(deserialize_with = "one_or_many", default)]
     pub experts_per_layer: Vec<usize>,
