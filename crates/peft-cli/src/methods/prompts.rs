@@ -308,8 +308,8 @@ impl<M: Prompts> Prompted<M> {
 impl<T: Reads, M: Prompts> Adapts<T> for Prompted<M> {
     fn attach(&self, model: T, files: &ModelFiles, seed: u64) -> Result<T> {
         let vocabulary = model.vocabulary();
-        // What has no place for prompts has no vocabulary, and what is too long has no room: both are refused as they are attached.
-        let fits = vocabulary > 0 && self.start.tokens < model.room();
+        // What has no place for prompts has no vocabulary, and what is empty or too long does not fit: all of it is refused as it is attached.
+        let fits = vocabulary > 0 && (1..model.room()).contains(&self.start.tokens);
         let ids = if fits { self.start.ids(files, vocabulary, seed)? } else { None };
         let method = self.on(files)?;
         let Some(ids) = ids else { return Ok(attach(model, &method, seed)?) };

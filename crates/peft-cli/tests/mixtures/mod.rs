@@ -75,10 +75,10 @@ fn a_task_is_a_lora(shop: &Workshop) {
     assert!(peft(&["merge", "--model", &model, "--adapter", &one, "--out", &shop.path("merged-one")]).status.success());
     let (code, message) =
         refused(&["convert", "--adapter", &shop.path("molora"), "--task-id", "0", "--out", &shop.path("none")]);
-    assert!(code == 1 && message.contains("a router by task"), "{message}");
+    assert!(code == 2 && message.contains("a router by task"), "{code}: {message}");
     let (code, message) =
         refused(&["convert", "--adapter", &shop.path("mov"), "--task-id", "0", "--out", &shop.path("none")]);
-    assert!(code == 2 && message.contains("--task-id"), "{message}");
+    assert!(code == 2 && message.contains("--task-id"), "{code}: {message}");
 }
 
 /// Skills are learned from two tasks, and used for one of them.
