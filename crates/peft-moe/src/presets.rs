@@ -34,10 +34,11 @@ pub fn mixlora(targets: Targets) -> MixLoraConfig {
     MixLoraConfig { mixture, projections: Projection::ALL.to_vec() }
 }
 
-/// `MOELoRA`: 8 `LoRA`s of rank 2, mixed by the task of a row; one `LoRA` for each task afterwards, see [`task_lora`](crate::task_lora()). Liu et al. 2023, arXiv:2310.18339, section 4.
+/// `MOELoRA`: 8 `LoRA`s of rank 2, with the scale and the dropout of the authors' code, mixed by the task of a row; one `LoRA` for each task afterwards, see [`task_lora`](crate::task_lora()).
+/// Liu et al. 2023, arXiv:2310.18339, section 4.
 pub fn moelora(targets: Targets, num_tasks: usize) -> MixtureConfig<LoraConfig> {
     let router = RouterConfig::Task { num_tasks, embedding_dim: 64 };
-    MixtureConfig::new(LoraConfig::new(2, targets).with_alpha(2.0), 8, router)
+    MixtureConfig::new(LoraConfig::new(2, targets).with_alpha(4.0).with_dropout(0.1), 8, router)
 }
 
 /// How many experts the layers of a `MoLA` have, from the first layers to the last.

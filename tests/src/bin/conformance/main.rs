@@ -139,9 +139,9 @@ impl Runner<'_> {
     /// The laws of every method.
     fn methods(&self) -> Vec<Check> {
         let mut checks = self.laws("lora", lora::laws(lora::lora()));
-        checks.extend(self.laws("lora-gated", lora::gated()));
+        checks.extend(self.laws("lora-gated", lora::gated().brief()));
         checks.extend(self.laws("ia3", adapter::ia3_laws(adapter::ia3())));
-        checks.extend(self.laws("ia3-gated", adapter::gated_ia3()));
+        checks.extend(self.laws("ia3-gated", adapter::gated_ia3().brief()));
         checks.extend(self.laws("ssf", adapter::ssf_laws(adapter::ssf())));
         checks.extend(self.laws("ln-tuning", adapter::ln_tuning_laws()));
         checks.extend(self.laws("bitfit", adapter::bitfit_laws(adapter::bitfit())));
@@ -164,18 +164,18 @@ impl Runner<'_> {
         for (name, laws) in mixture::other_routers() {
             checks.extend(self.laws(&format!("mixture {name}"), laws));
         }
-        checks.extend(self.laws("mixture of ia3", mixture::vectors().only(&mixture::VALUES)));
-        checks.extend(self.laws("mixture of bottlenecks", mixture::bottlenecks().only(&mixture::VALUES)));
+        checks.extend(self.laws("mixture of ia3", mixture::vectors().brief()));
+        checks.extend(self.laws("mixture of bottlenecks", mixture::bottlenecks().brief()));
         checks.extend(self.laws("pill", mixture::pill()));
         checks.extend(self.laws("multitask", prompt::multitask()));
         let by_task = RouterConfig::Task { num_tasks: 2, embedding_dim: 5 };
         let by_task = MixtureConfig::new(mixture::expert(), 3, by_task);
         checks.extend(self.laws("mixlora", mixture::mixlora_laws()));
-        checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task)));
+        checks.extend(self.laws("mixture by task", mixture::lora_laws(by_task).brief()));
         checks.extend(self.laws("poly", mixture::poly_laws(mixture::poly())));
         for apart in [false, true] {
             let name = if apart { "pill without gates" } else { "pill with one expert" };
-            checks.extend(self.laws(name, mixture::pill_without_gate(apart)));
+            checks.extend(self.laws(name, mixture::pill_without_gate(apart).brief()));
         }
         checks
     }
