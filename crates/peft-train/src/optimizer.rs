@@ -7,12 +7,10 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::files::Values;
 use peft_core::kernels::{AdamW, AdamWStep, adamw};
 use peft_core::{ParamMapper, PathStack, map_params};
-
-use crate::objective::scalar;
 
 /// AdamW with PyTorch's defaults, β = (0.9, 0.999) and ε = 1e-8, over the parameters of a module that have gradients.
 ///
@@ -141,11 +139,13 @@ impl ParamMapper for Stepper<'_> {
     }
 }
 
-/// Euclidean norm over all gradients together, as `torch.nn.utils.clip_grad_norm_` takes it.
-pub(crate) fn global_norm<M: Module>(
+/// The sum of the losses of a step, and the Euclidean norm over all gradients together, as `torch.nn.utils.clip_grad_norm_` takes it. The host waits for the device here, once for
+/// both, and nowhere else in a step.
+pub(crate) fn sum_and_norm<M: Module>(
+    losses: Vec<Tensor<1>>,
     module: &M,
     grads: &GradientsParams,
-) -> std::result::Result<f32, burn::tensor::ExecutionError> {
+) -> std::result::Result<(f32, f32), burn::tensor::ExecutionError> {
     struct Squares<'a>(&'a GradientsParams, Vec<Tensor<1>>);
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -156,5 +156,10 @@ pub(crate) fn global_norm<M: Module>(
     }
     let mut squares = Squares(grads, Vec::new());
     module.visit(&mut squares);
-    if squares.1.is_empty() { Ok(0.0) } else { scalar(Tensor::cat(squares.1, 0).sum().sqrt()) }
+    let sum = losses.into_iter().reduce(|sum, loss| sum + loss);
+    let norm = (!squares.1.is_empty()).then(|| Tensor::cat(squares.1, 0).sum().sqrt());
+    let both: Vec<Tensor<1>> = [sum, norm].into_iter().flatten().map(|value| value.cast(DType::F32)).collect();
+    let read: Vec<f32> = Tensor::cat(both, 0).try_into_data()?.iter().collect();
+    // Where nothing has a gradient, there is the sum alone.
+    Ok((read[0], read.get(1).copied().unwrap_or_default()))
 }

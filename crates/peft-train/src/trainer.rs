@@ -16,8 +16,8 @@ use crate::checkpoint::{self, State};
 use crate::data::Batches;
 use crate::experts::{Heard, expert_load};
 use crate::metrics::{EvalRecord, Metrics, Record, StepRecord};
-use crate::objective::{BatchOf, scalar};
-use crate::optimizer::{Optimization, Rates, global_norm};
+use crate::objective::BatchOf;
+use crate::optimizer::{Optimization, Rates, sum_and_norm};
 use crate::{Error, Evaluation, Objective, Result, TrainConfig, Trained, loss_curve};
 
 /// Set from another thread, for instance on Ctrl-C: the run saves a checkpoint and ends after the current step.
@@ -165,7 +165,7 @@ impl<O: Objective> Run<'_, O> {
         let count: usize = group.iter().map(|batch| self.objective.count(batch)).sum();
         let failed = |e| Error::Device { step, message: format!("{e:?}") };
         let mut accumulator = GradientsAccumulator::new();
-        let mut sum = 0.0;
+        let mut losses = Vec::with_capacity(group.len());
         for batch in &group {
             let (loss, said) = with_auxiliary(|| self.objective.loss(&model, batch, self.device));
             let loss = loss? / count as f64;
@@ -175,12 +175,12 @@ impl<O: Objective> Run<'_, O> {
             };
             let grads = GradientsParams::from_grads(whole.backward(), &model);
             accumulator.accumulate(&model, grads);
-            sum += scalar(loss.inner()).map_err(failed)?;
+            losses.push(loss.inner());
         }
         let warmup = (self.config.warmup * self.steps as f64).ceil() as usize;
         let learning_rate = self.config.learning_rate * self.config.schedule.factor(step - 1, self.steps, warmup);
         let grads = accumulator.grads();
-        let norm = global_norm(&model, &grads).map_err(failed)?;
+        let (sum, norm) = sum_and_norm(losses, &model, &grads).map_err(failed)?;
         if !(sum.is_finite() && norm.is_finite()) {
             let loss = if sum.is_finite() { norm } else { sum };
             return Err(Error::Diverged { step, loss, learning_rate });
