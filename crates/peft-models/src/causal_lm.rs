@@ -112,7 +112,8 @@ impl CausalLm {
     }
 
     /// [`forward`](Self::forward) of rows that are padded on the left, as batches from elsewhere may be, by so many tokens each: a token gets the logits that it has without padding, behind
-    /// what is learned in front of its row too. Those at padding mean nothing. Only a gate of an adapter, which is the mean over a whole row, sees the padding.
+    /// what is learned in front of its row too. Those at padding mean nothing. Only what looks at a row as a whole may see the padding: gates of adapters, and routers by
+    /// row behind virtual tokens.
     ///
     /// # Panics
     /// Without a number for each row that is below its length.
