@@ -245,14 +245,7 @@ mod native {
     pub(super) fn activate<B: Host>(x: FloatTensor<B>, f: Nonlinearity) -> FloatTensor<B> {
         let x_values = B::values(&x);
         let mut out = vec![0.0; x_values.len()];
-        fill(&mut out, 1, |at, out| {
-            each(
-                f,
-                &x_values[at],
-                #[inline(always)]
-                |i, y, _| out[i] = y,
-            );
-        });
+        fill(&mut out, 1, |at, out| each(f, &x_values[at], out.iter_mut(), |out, y, _| *out = y));
         B::tensor(out, x.shape())
     }
 
@@ -263,14 +256,7 @@ mod native {
     ) -> FloatTensor<B> {
         let (shape, x) = (grad.shape(), B::values(&x));
         let mut out = B::into_values(grad);
-        fill(&mut out, 1, |at, out| {
-            each(
-                f,
-                &x[at],
-                #[inline(always)]
-                |i, _, slope| out[i] *= slope,
-            );
-        });
+        fill(&mut out, 1, |at, out| each(f, &x[at], out.iter_mut(), |out, _, slope| *out *= slope));
         B::tensor(out, shape)
     }
 
@@ -279,12 +265,7 @@ mod native {
         let mut out = vec![0.0; up.len()];
         fill(&mut out, 1, |at, out| {
             let up = &up[at.clone()];
-            each(
-                f,
-                &gate_values[at],
-                #[inline(always)]
-                |i, y, _| out[i] = y * up[i],
-            );
+            each(f, &gate_values[at], out.iter_mut().zip(up), |(out, up), y, _| *out = y * up);
         });
         B::tensor(out, gate.shape())
     }
@@ -301,50 +282,45 @@ mod native {
         let mut up_grad = B::into_values(grad);
         let mut gate_grad = vec![0.0; up.len()];
         fill_both(&mut gate_grad, &mut up_grad, 1, |at, gate_grad, up_grad| {
-            let up = &up[at.clone()];
-            each(
-                f,
-                &gate[at],
-                #[inline(always)]
-                |i, y, slope| {
-                    let grad = up_grad[i];
-                    gate_grad[i] = grad * up[i] * slope;
-                    up_grad[i] = grad * y;
-                },
-            );
+            let items = gate_grad.iter_mut().zip(up_grad).zip(&up[at.clone()]);
+            each(f, &gate[at], items, |((gate_grad, up_grad), up), y, slope| {
+                let grad = *up_grad;
+                (*gate_grad, *up_grad) = (grad * up * slope, grad * y);
+            });
         });
         (B::tensor(gate_grad, shape.clone()), B::tensor(up_grad, shape))
     }
 
-    /// `work(i, f(xᵢ), f'(xᵢ))` for all values.
+    /// `work(item, f(x), f'(x))` for all values and what belongs to each: items and no indices, whose checks would leave one value a time.
     #[inline(always)]
-    fn each(f: Nonlinearity, x: &[f32], mut work: impl FnMut(usize, f32, f32)) {
+    fn each<I>(f: Nonlinearity, x: &[f32], items: impl Iterator<Item = I>, work: impl Fn(I, f32, f32)) {
+        let pairs = x.iter().zip(items);
         match f {
             Nonlinearity::Silu => vectorized! {
-                for (i, x) in x.iter().enumerate() {
+                for (x, item) in pairs {
                     let s = sigmoid(*x);
-                    work(i, x * s, s * (1.0 + x * (1.0 - s)));
+                    work(item, x * s, s * (1.0 + x * (1.0 - s)));
                 }
             },
             Nonlinearity::Gelu => vectorized! {
-                for (i, x) in x.iter().enumerate() {
+                for (x, item) in pairs {
                     let phi = 0.5 * (1.0 + erf(x * FRAC_1_SQRT_2 as f32));
                     let density = ROOT as f32 / 2.0 * exp(-0.5 * x * x);
-                    work(i, x * phi, phi + x * density);
+                    work(item, x * phi, phi + x * density);
                 }
             },
             Nonlinearity::GeluTanh => vectorized! {
                 let (root, cubic) = (ROOT as f32, CUBIC as f32);
-                for (i, x) in x.iter().enumerate() {
+                for (x, item) in pairs {
                     let half = sigmoid(2.0 * root * x * (1.0 + cubic * x * x));
                     let inner = 2.0 * root * (1.0 + 3.0 * cubic * x * x);
-                    work(i, x * half, half + x * half * (1.0 - half) * inner);
+                    work(item, x * half, half + x * half * (1.0 - half) * inner);
                 }
             },
             Nonlinearity::Relu => vectorized! {
-                for (i, x) in x.iter().enumerate() {
+                for (x, item) in pairs {
                     let open = if *x > 0.0 { 1.0 } else { 0.0 };
-                    work(i, x * open, open);
+                    work(item, x * open, open);
                 }
             },
         }

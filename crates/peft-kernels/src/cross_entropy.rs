@@ -389,9 +389,9 @@ mod native {
             z.fill(0.0);
             return Score { loss: 0.0, best };
         };
-        let (at_target, mean) = (z[target] - highest, sum(z.len(), |i| z[i] - highest) / z.len() as f32);
+        let (at_target, mean) = (z[target] - highest, sum([z], |[z]| z - highest) / z.len() as f32);
         z.iter_mut().for_each(|z| *z = exp(*z - highest));
-        let total = sum(z.len(), |i| z[i]);
+        let total = sum([z], |[z]| z);
         let (inverse, level) = (1.0 / total, smoothing / z.len() as f32);
         z.iter_mut().for_each(|z| *z = *z * inverse - level);
         z[target] -= 1.0 - smoothing;

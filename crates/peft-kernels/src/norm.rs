@@ -219,8 +219,8 @@ mod native {
             vectorized! {
                 for (x, grad) in x[at].chunks_exact(width).zip(out.chunks_exact_mut(width)) {
                     let (mean, inverse) = statistics(x, norm);
-                    let along = sum(width, |i| grad[i] * gamma[i] * (x[i] - mean)) * inverse / width as f32;
-                    let level = if norm.centred { sum(width, |i| grad[i] * gamma[i]) / width as f32 } else { 0.0 };
+                    let along = sum([grad, x, &gamma], |[grad, x, gamma]| grad * gamma * (x - mean)) * inverse / width as f32;
+                    let level = if norm.centred { sum([grad, &gamma], |[grad, gamma]| grad * gamma) / width as f32 } else { 0.0 };
                     for ((grad, x), gamma) in grad.iter_mut().zip(x).zip(&*gamma) {
                         *grad = (*grad * gamma - level - (x - mean) * inverse * along) * inverse;
                     }
@@ -234,8 +234,8 @@ mod native {
     #[inline(always)]
     fn statistics(x: &[f32], norm: Norm) -> (f32, f32) {
         let width = x.len() as f32;
-        let mean = if norm.centred { sum(x.len(), |i| x[i]) / width } else { 0.0 };
-        let square = sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / width;
+        let mean = if norm.centred { sum([x], |[x]| x) / width } else { 0.0 };
+        let square = sum([x], |[x]| (x - mean) * (x - mean)) / width;
         (mean, 1.0 / (square + norm.epsilon as f32).sqrt())
     }
 }

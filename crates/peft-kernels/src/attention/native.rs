@@ -168,7 +168,7 @@ impl<'a> Input<'a> {
                     let new = max(scores).max(highest[row]);
                     let kept = exp(highest[row] - new);
                     scores.iter_mut().for_each(|score| *score = exp(*score - new));
-                    total[row] = total[row] * kept + sum(scores.len(), |i| scores[i]);
+                    total[row] = total[row] * kept + sum([scores], |[score]| score);
                     if kept != 1.0 {
                         o[row * head_dim..(row + 1) * head_dim].iter_mut().for_each(|o| *o *= kept);
                     }
@@ -207,7 +207,7 @@ impl<'a> Input<'a> {
             let o = self.tile(&output.o, batch, head, &tokens, 1.0);
             let along: Vec<f32> = vectorized! {
                 let rows = grad.chunks_exact(head_dim).zip(o.chunks_exact(head_dim));
-                rows.map(|(grad, o)| sum(head_dim, |i| grad[i] * o[i])).collect()
+                rows.map(|(grad, o)| sum([grad, o], |[grad, o]| grad * o)).collect()
             };
             let (q, grad) = (Matrix::contiguous(q, rows, head_dim), Matrix::contiguous(grad, rows, head_dim));
             let q_grad = &mut q_grad[(start - share.start) * group * head_dim..][..rows * head_dim];

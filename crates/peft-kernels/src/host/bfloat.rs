@@ -173,19 +173,21 @@ fn few_rows(target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, part: Range<usiz
                 factors[..count].copy_from_slice(&x[top..top + count]);
                 let [a, b, c, d] = [0, 1, 2, 3].map(|row| &room[row * width..][..width]);
                 vectorized! {
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        let w = [a[i], b[i], c[i], d[i]].map(|w| widen(w.to_bits()));
-                        *sum += factors[0] * w[0] + factors[1] * w[1] + factors[2] * w[2] + factors[3] * w[3];
+                    let [f, g, h, i] = factors;
+                    for ((((sum, a), b), c), d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                        let [a, b, c, d] = [a, b, c, d].map(|w| widen(w.to_bits()));
+                        *sum += f * a + g * b + h * c + i * d;
                     }
                 };
             }
         }
     } else {
-        let mut room = vec![bf16::ZERO; k];
+        let (mut room, mut wide) = (vec![bf16::ZERO; k], vec![0.0; k]);
         for (at, column) in part.clone().enumerate() {
             weight.block(&(0..k), &(column..column + 1), k, &mut room);
+            vectorized!(wide.iter_mut().zip(&room).for_each(|(wide, w)| *wide = widen(w.to_bits())));
             for (x, sums) in x_rows.chunks_exact(k).zip(sums.chunks_exact_mut(width)) {
-                sums[at] = vectorized!(sum(k, |i| x[i] * widen(room[i].to_bits())));
+                sums[at] = vectorized!(sum([x, &wide], |[x, w]| x * w));
             }
         }
     }
@@ -230,7 +232,9 @@ fn ordered(engine: Engine, target: Columns, x: &Matrix<'_>, weight: &Runs<'_>, p
     for rows in heights(weight.rows) {
         // What is beyond the last row of the factor must be zero in one of the two, and a number in both.
         let height = rows.len().next_multiple_of(UNIT);
-        x_rows.fill(0);
+        if height != rows.len() {
+            x_rows.fill(0);
+        }
         each_row(x, &rows, &mut x_rows[..m * height], height, rounded);
         for columns in widths(part.clone()) {
             let width = columns.len().next_multiple_of(UNIT);

@@ -5,11 +5,22 @@ const LANES: usize = 16;
 
 /// Runs a block compiled for the instructions that this machine turns out to have. A macro, because only what is inlined is.
 macro_rules! vectorized {
-    ($($block:tt)*) => {
-        pulp::Arch::new().dispatch(#[inline(always)] || { $($block)* })
-    };
+    ($($block:tt)*) => {{
+        let once = $crate::host::lanes::Once;
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let _once = once;
+                $($block)*
+            },
+        )
+    }};
 }
 pub(crate) use vectorized;
+
+/// What a block consumes, so that it can be called but once: a closure that could be called again is called through a function of the compiler's, which is
+/// inlined when it is small, and else has the instructions that every machine has.
+pub(crate) struct Once;
 
 /// `eˣ` within 2 units in the last place; zero below `e⁻⁸⁷`, which keeps products out of the slow range of tiny numbers, and `e⁸⁸` above that.
 #[inline(always)]
@@ -52,17 +63,18 @@ pub(crate) fn erf(x: f32) -> f32 {
     (1.0 - p * exp(-x * x)).copysign(x)
 }
 
-/// The sum of `term(i)` over `0..count`, in lanes.
+/// The sum of `term` of the values that slices of one length have in each place, in lanes.
 #[inline(always)]
-pub(crate) fn sum(count: usize, term: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum<const N: usize>(slices: [&[f32]; N], term: impl Fn([f32; N]) -> f32) -> f32 {
+    let slices = slices.map(|slice| slice.as_chunks::<LANES>());
     let mut lanes = [0.0; LANES];
-    let whole = count / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
+    for at in 0..slices[0].0.len() {
+        let chunks = slices.map(|(chunks, _)| &chunks[at]);
         for (i, lane) in lanes.iter_mut().enumerate() {
-            *lane += term(start + i);
+            *lane += term(chunks.map(|chunk| chunk[i]));
         }
     }
-    let rest: f32 = (whole..count).map(&term).sum();
+    let rest: f32 = (0..slices[0].1.len()).map(|i| term(slices.map(|(_, rest)| rest[i]))).sum();
     lanes.iter().sum::<f32>() + rest
 }
 
@@ -119,7 +131,11 @@ mod tests {
     #[test]
     fn sums_and_maxima_have_no_order() {
         let values: Vec<f32> = (0..101).map(|i| (i * 37 % 101) as f32).collect();
-        assert_eq!(sum(values.len(), |i| values[i]), 5050.0);
+        assert_eq!(sum([&values], |[x]| x), 5050.0);
+        assert_eq!(
+            sum([&values[..5], &values[1..6]], |[x, y]| x * y),
+            (0..5).map(|i| values[i] * values[i + 1]).sum::<f32>()
+        );
         assert_eq!((max(&values), max(&values[..7]), max(&[])), (100.0, 84.0, f32::NEG_INFINITY));
     }
 }

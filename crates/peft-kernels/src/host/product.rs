@@ -124,14 +124,46 @@ pub(crate) unsafe fn multiply(
     if m == 0 || n == 0 || k == 0 {
         return;
     }
-    let alone = threads == Threads::This || m * n * k < ALONE;
-    let parallelism = if alone { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
-    // SAFETY: both factors were found long enough for their shapes; the output is by the caller's word.
+    let target = Columns { out, stride };
+    let block = |rows: Range<usize>, columns: Range<usize>| {
+        let (a, b) = (a.block(rows.clone(), 0..k), b.block(0..k, columns.clone()));
+        // SAFETY: the factors are long enough, as blocks of such; the output is by the caller's word, and nobody else has this block of it.
+        unsafe { multiply_alone(target.at(rows.start, columns.start), stride, &a, &b, scale, write) }
+    };
+    if threads == Threads::This || m * n * k < ALONE {
+        return block(0..m, 0..n);
+    }
+    let (height, width) = part(m, k, n, rayon::current_num_threads());
+    rayon::scope(|scope| {
+        for (top, left) in (0..m).step_by(height).flat_map(|top| (0..n).step_by(width).map(move |left| (top, left))) {
+            let block = &block;
+            scope.spawn(move |_| block(top..(top + height).min(m), left..(left + width).min(n)));
+        }
+    });
+}
+
+/// Rows and columns of what a thread computes at a time. By columns first: the library puts all of `b` in order that a block needs, so no two threads should need
+/// the same of it; but not where there is little to add up, for then it is writing that takes the time.
+fn part(m: usize, k: usize, n: usize, threads: usize) -> (usize, usize) {
+    /// Parts for each thread, so that none waits long for the last.
+    const PARTS: usize = 2;
+    /// Fewer columns, or values in a sum, would leave the library's kernels half empty.
+    const FEWEST: usize = 64;
+    let parts = PARTS * threads;
+    let across = if k < FEWEST { 1 } else { parts.min(n / FEWEST).max(1) };
+    // Whole vectors.
+    let width = n.div_ceil(across).next_multiple_of(16);
+    (m.div_ceil(parts.div_ceil(n.div_ceil(width))), width)
+}
+
+/// [`multiply`] by the calling thread alone, of factors that are there.
+unsafe fn multiply_alone(out: *mut f32, stride: usize, a: &Matrix<'_>, b: &Matrix<'_>, scale: f32, write: Write) {
+    // SAFETY: by the caller's word.
     unsafe {
         gemm::gemm(
-            m,
-            n,
-            k,
+            a.rows,
+            b.columns,
+            a.columns,
             out,
             1,
             stride as isize,
@@ -147,7 +179,7 @@ pub(crate) unsafe fn multiply(
             false,
             false,
             false,
-            parallelism,
+            gemm::Parallelism::None,
         );
     }
 }
