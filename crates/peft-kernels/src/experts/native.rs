@@ -8,6 +8,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
 
+use super::dense;
 use crate::host::product::{Threads, Write, product};
 use crate::host::{Host, Matrix, fill};
 
@@ -21,6 +22,9 @@ pub(super) fn experts<B: Host>(
     gates: FloatTensor<B>,
     scale: f64,
 ) -> FloatTensor<B> {
+    if dense::pays::<B>(&gates) {
+        return dense::experts::<B>(x, a, b, gates, scale);
+    }
     let input = Input::new::<B>(&x, &a, &b, &gates, scale);
     let d_out = input.d_out;
     let done: Vec<Vec<f32>> = input.pieces.par_iter().map(|piece| input.forward(piece)).collect();
@@ -36,6 +40,9 @@ pub(super) fn experts_backward<B: Host>(
     gates: FloatTensor<B>,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    if dense::pays::<B>(&gates) {
+        return dense::experts_backward::<B>(grad, x, a, b, gates, scale);
+    }
     let input = Input::new::<B>(&x, &a, &b, &gates, scale);
     let values = B::values(&grad);
     let done: Vec<Grads> = input.pieces.par_iter().map(|piece| input.backward(piece, &values)).collect();
