@@ -177,7 +177,7 @@ pub const METHODS: &[Entry] = &[
         about: "virtual tokens that an encoder makes during training (Liu et al. 2021, arXiv:2103.10385)",
         formula: "x = [encoder(E); embed(ids)]",
         parameters: "in all: tokens · width, and the encoder's",
-        learning_rate: 3e-3,
+        learning_rate: 1e-3,
         merges: false,
         build: |settings| Ok(Box::new(p_tuning(settings)?)),
         files: Some(&FilesOf::<PTuningConfig>(PhantomData)),
