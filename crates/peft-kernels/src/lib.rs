@@ -7,6 +7,7 @@
 //! - [`mixed_linear`]: a linear layer over a frozen weight in bfloat16, with sums in f32.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 //! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
+//! - [`top_softmax`]: what opens the gates of routers.
 //! - [`linear_cross_entropy`]: the output head and its loss, without all logits.
 //! - [`adamw`]: the optimizer's step.
 //! - [`marker_module`]: fields that say something to visitors.
@@ -35,6 +36,7 @@ mod norm;
 mod packed;
 mod record;
 mod rope;
+mod softmax;
 
 pub use activate::{ActivateOps, Nonlinearity, activate, gated};
 pub use adamw::{AdamW, AdamWOps, AdamWStep, adamw};
@@ -47,3 +49,4 @@ pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};
 pub use packed::{BlockScales, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScaleKind};
 pub use rope::{RopeOps, Turn, rope};
+pub use softmax::{SoftmaxOps, top_softmax};

@@ -8,8 +8,8 @@
 //! - arrow: as top-k, with `z = |x·W| / temperature` (Ostapenko et al. 2024, arXiv:2405.11157)
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Distribution, Int, Tensor};
+use peft_core::kernels::top_softmax;
 use peft_core::{Auxiliary, Error, Result, Site, mask, mean_of_tokens, say_auxiliary, tasks};
 use serde::{Deserialize, Serialize};
 
@@ -132,15 +132,6 @@ impl RouterConfig {
             Self::Soft | Self::TopP { .. } | Self::Task { .. } => experts,
         }
     }
-
-    /// 1 for the experts that a row goes through, `[rows, experts]`; of all the one that it likes best.
-    fn chosen(&self, probabilities: &Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Soft | Self::Task { .. } | Self::Switch => best(probabilities, 1),
-            Self::TopK { k } | Self::Arrow { k } => best(probabilities, *k),
-            Self::TopP { p } => making_up(probabilities, *p),
-        }
-    }
 }
 
 /// 1 for each expert before which those that are more likely, the first of equals before the others, do not make up `p` yet.
@@ -248,14 +239,23 @@ impl Router {
             1 => logits,
             _ => logits.unsqueeze_dim::<3>(1).repeat_dim(1, repeat).reshape([count * repeat, experts]),
         };
-        let probabilities = softmax(logits.clone(), 1);
-        let chosen = config.chosen(&probabilities);
-        let gates = match config {
-            RouterConfig::Soft | RouterConfig::Task { .. } => probabilities.clone(),
-            RouterConfig::Switch => probabilities.clone() * chosen.clone(),
-            RouterConfig::TopK { .. } | RouterConfig::TopP { .. } | RouterConfig::Arrow { .. } => {
+        let probabilities = top_softmax(logits.clone(), experts);
+        let best = || top_softmax(logits.clone().detach(), 1); // one, and so 1
+        let (chosen, gates) = match config {
+            RouterConfig::Soft | RouterConfig::Task { .. } => (best(), probabilities.clone()),
+            RouterConfig::Switch => {
+                let chosen = best();
+                (chosen.clone(), probabilities.clone() * chosen)
+            }
+            RouterConfig::TopK { k } | RouterConfig::Arrow { k } => {
+                // What is left of the probabilities, divided by its sum.
+                let gates = top_softmax(logits.clone(), (*k).min(experts));
+                (gates.clone().detach().greater_elem(0.0).float().cast(dtype), gates)
+            }
+            RouterConfig::TopP { p } => {
+                let chosen = making_up(&probabilities, *p);
                 let gates = probabilities.clone() * chosen.clone();
-                gates.clone() / gates.sum_dim(1)
+                (chosen, gates.clone() / gates.sum_dim(1))
             }
         };
         Routing { logits, probabilities, chosen, gates }

@@ -11,6 +11,7 @@ mod mixed;
 mod norm;
 mod packed;
 mod rope;
+mod softmax;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
@@ -37,6 +38,7 @@ pub fn operations() -> Vec<Operation> {
         adamw::checks(),
         norm::checks(),
         rope::checks(),
+        softmax::checks(),
         attention::checks(),
         cross_entropy::checks(),
         low_rank::checks(),
