@@ -215,6 +215,7 @@ fn main() -> Outcome<()> {
         What::Tasks(tasks) => tasks.run(),
         What::Several(several) => several.run(),
         What::Side { side, setup } => {
+            rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
             println!("{}", side.measure(&setup)?);
             Ok(())
         }

@@ -6,7 +6,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
-use peft_core::{Dense, Error, Result, Site, Start};
+use peft_core::{Dense, Error, Result, Site, Start, product};
 use rand::Rng;
 
 /// A projection, `[rows, d_in]` to `[rows, d_out]`.
@@ -80,7 +80,7 @@ impl Projection {
     pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match self {
             Self::Dense(dense) => dense.forward(x),
-            Self::Phm(phm) => burn::tensor::module::linear(x, phm.weight(), Some(phm.bias.val())),
+            Self::Phm(phm) => product(x, phm.weight()) + phm.bias.val().unsqueeze(),
         }
     }
 }

@@ -106,9 +106,6 @@ impl<'a> Base<'a> {
     pub fn linear(&self, x: Tensor<2>) -> Tensor<2> {
         let y = match self.quantized() {
             Some(quantized) => quantized.packed().linear(x),
-            None if self.weight.base().dtype() == x.dtype() => {
-                return burn::tensor::module::linear(x, self.weight.base(), self.bias.map(Param::val));
-            }
             None => product(x, self.weight.base()),
         };
         self.biased(y)
@@ -126,8 +123,7 @@ impl<'a> Base<'a> {
     /// The same with the adapted weight.
     fn with_weight(&self, x: Tensor<2>) -> Tensor<2> {
         let (weight, dtype) = (self.weight.val(), x.dtype());
-        let bias = self.bias.map(|bias| bias.val().cast(weight.dtype()));
-        burn::tensor::module::linear(x.cast(weight.dtype()), weight, bias).cast(dtype)
+        self.biased(product(x.cast(weight.dtype()), weight)).cast(dtype)
     }
 
     /// What the rows of the input were before they were folded, `[batch, seq]`; a matrix has one token a row of the batch.
@@ -137,7 +133,10 @@ impl<'a> Base<'a> {
 
     fn biased(&self, y: Tensor<2>) -> Tensor<2> {
         match self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
+            Some(bias) => {
+                let bias = bias.val().cast(y.dtype());
+                y + bias.unsqueeze()
+            }
             None => y,
         }
     }
@@ -286,19 +285,14 @@ pub fn conv2d(layer: &Conv2d, x: Tensor<4>) -> Tensor<4> {
     shifted(y, adapter(&layer.weight).flatten(), layer.bias.as_ref()).permute([0, 3, 1, 2])
 }
 
-/// `x·W` in the type of `x`: a frozen weight of another type goes through [`peft_kernels::mixed_linear`], one that is trained is multiplied in its own.
+/// `x·W` in the type of `x` ([`peft_kernels::linear`]); a weight of another type that is trained is multiplied in its own.
 ///
 /// # Shapes
 /// `x`: `[rows, d_in]`; `weight`: `[d_in, d_out]`; result `[rows, d_out]`
 pub fn product(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let dtype = x.dtype();
-    if dtype == weight.dtype() {
-        x.matmul(weight)
-    } else if weight.is_require_grad() {
-        x.cast(weight.dtype()).matmul(weight).cast(dtype)
-    } else {
-        peft_kernels::mixed_linear(x, weight)
-    }
+    let x = if weight.is_require_grad() { x.cast(weight.dtype()) } else { x };
+    peft_kernels::linear(x, weight).cast(dtype)
 }
 
 /// A bias-free output head through the activation seam, and the cross-entropy of its logits with targets; where the head is neither adapted nor packed, the

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 use rand::Rng;
 
-use crate::{Result, Site};
+use crate::{Result, Site, product};
 
 /// `x·W + b`
 #[derive(Module, Debug)]
@@ -47,7 +47,7 @@ impl Dense {
 
     /// `[rows, d_in]` to `[rows, d_out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        burn::tensor::module::linear(x, self.weight.val(), Some(self.bias.val()))
+        product(x, self.weight.val()) + self.bias.val().unsqueeze()
     }
 }
 

@@ -88,7 +88,7 @@ pub struct Scores {
 
 /// The cross-entropy of `x·W` with targets, without ever holding all logits.
 ///
-/// The weight may be of another type than `x`: see [`mixed_linear`](crate::mixed_linear).
+/// The weight may be of another type than `x`: see [`linear`](crate::linear()).
 ///
 /// # Shapes
 /// `x`: `[tokens, width]`; `weight`: `[width, vocab]`; `targets`: `[tokens]`, negative ones are left out

@@ -4,7 +4,7 @@
 //! - [`low_rank_linear`]: a linear layer with its low-rank update.
 //! - [`low_rank_experts`]: the updates of several experts, each for the rows that go through it.
 //! - [`grouped_linear`]: the linear layers of several experts, each for its rows.
-//! - [`mixed_linear`]: a linear layer over a frozen weight in bfloat16, with sums in f32.
+//! - [`linear`]: a linear layer; over a frozen weight in bfloat16 with sums in f32.
 //! - [`PackedMatrix`]: a weight of about four bits a value, and the product with it. Only packed tensors outlive an operation.
 //! - [`attention`], [`rope`], [`rms_norm`], [`layer_norm`], [`gated`], [`activate`]: what is between the linear layers of a transformer.
 //! - [`top_softmax`]: what opens the gates of routers.
@@ -29,9 +29,9 @@ mod formula;
 mod grouped;
 #[cfg(feature = "host")]
 mod host;
+mod linear;
 mod low_rank;
 mod marker;
-mod mixed;
 mod norm;
 mod packed;
 mod record;
@@ -44,8 +44,8 @@ pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use experts::{ExpertOps, low_rank_experts};
 pub use grouped::{GroupedOps, Groups, Side, grouped_linear, grouped_packed};
+pub use linear::{LinearOps, linear};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
-pub use mixed::{MixedOps, mixed_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};
 pub use packed::{BlockScales, PackedData, PackedLayout, PackedMatrix, PackedOps, Primitive, ScaleKind};
 pub use rope::{RopeOps, Turn, rope};

@@ -90,7 +90,7 @@ pub trait LowRankOps: PackedOps {
     }
 }
 
-/// `x·W + scale·(x·A)·B`, where the weight has no gradient. A dense weight may be of another type than the rest: see [`mixed_linear`](crate::mixed_linear).
+/// `x·W + scale·(x·A)·B`, where the weight has no gradient. A dense weight may be of another type than the rest: see [`linear`](crate::linear()).
 ///
 /// # Shapes
 /// `x`: `[rows, d_in]`; `a`: `[d_in, rank]`; `b`: `[rank, d_out]`; result `[rows, d_out]`
@@ -258,7 +258,7 @@ mod native {
     ) -> (FloatTensor<B>, FloatTensor<B>) {
         let shape = Shape::new([x.shape()[0], b.shape()[1]]);
         let inner = Shape::new([x.shape()[0], a.shape()[1]]);
-        let h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0);
+        let h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0, Threads::All);
         let mut y = match weight {
             WeightPrimitive::Dense(weight) => B::factor(&weight).applied_to(&B::matrix(&x)),
             WeightPrimitive::Packed(packed) => B::into_values(B::packed_linear(x, packed)),
@@ -277,9 +277,9 @@ mod native {
     ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
         let (a_shape, b_shape, g_shape) = (Shape::new([x.shape()[1], h.shape()[1]]), b.shape(), h.shape());
         let (grad, x, h, b) = (B::matrix(&grad), B::matrix(&x), B::matrix(&h), B::matrix(&b));
-        let g = new_product(&grad, &b.transposed(), scale as f32);
-        let a_grad = new_product(&x.transposed(), &Matrix::contiguous(&*g, g_shape[0], g_shape[1]), 1.0);
-        let b_grad = new_product(&h.transposed(), &grad, scale as f32);
+        let g = new_product(&grad, &b.transposed(), scale as f32, Threads::All);
+        let a_grad = new_product(&x.transposed(), &Matrix::contiguous(&*g, g_shape[0], g_shape[1]), 1.0, Threads::All);
+        let b_grad = new_product(&h.transposed(), &grad, scale as f32, Threads::All);
         (B::tensor(a_grad, a_shape), B::tensor(b_grad, b_shape), B::tensor(g, g_shape))
     }
 

@@ -9,7 +9,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Distribution, Int, Tensor};
-use peft_core::kernels::top_softmax;
+use peft_core::kernels::{linear, top_softmax};
 use peft_core::{Auxiliary, Error, Result, Site, mask, mean_of_tokens, say_auxiliary, tasks};
 use serde::{Deserialize, Serialize};
 
@@ -231,7 +231,7 @@ impl Router {
             }
             (None, Level::Token) => (jittered(x.cast(dtype).reshape([batch * seq, d_in]), look.jitter), 1),
         };
-        let logits = rows.matmul(weight) / look.temperature;
+        let logits = linear(rows, weight) / look.temperature;
         let logits = if matches!(config, RouterConfig::Arrow { .. }) { logits.abs() } else { logits };
         let [count, experts] = logits.dims();
         // One decision for all tokens of a row.

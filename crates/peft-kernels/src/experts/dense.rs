@@ -4,7 +4,7 @@ use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
-use crate::host::product::new_product;
+use crate::host::product::{Threads, new_product};
 use crate::host::{Host, Matrix};
 
 /// Whether more than a quarter of the gates is open: products with the factors of all experts, wide as they are, take as long as those of a quarter of the rows, which
@@ -22,9 +22,9 @@ pub(super) fn experts<B: Host>(
     scale: f64,
 ) -> FloatTensor<B> {
     let [rows, inner, d_out] = [x.shape()[0], b.shape()[0], b.shape()[1]];
-    let mut h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0);
+    let mut h = new_product(&B::matrix(&x), &B::matrix(&a), 1.0, Threads::All);
     gate(&mut h, &B::values(&gates));
-    let y = new_product(&Matrix::contiguous(h, rows, inner), &B::matrix(&b), scale as f32);
+    let y = new_product(&Matrix::contiguous(h, rows, inner), &B::matrix(&b), scale as f32, Threads::All);
     B::tensor(y, Shape::new([rows, d_out]))
 }
 
@@ -39,8 +39,8 @@ pub(super) fn experts_backward<B: Host>(
     let shapes = [&x, &a, &b, &gates].map(TensorMetadata::shape);
     let (rows, inner, scale) = (x.shape()[0], b.shape()[0], scale as f32);
     let ([grad, x, a, b], gates) = ([&grad, &x, &a, &b].map(B::matrix), B::values(&gates));
-    let mut h = new_product(&x, &a, 1.0);
-    let mut u = new_product(&grad, &b.transposed(), scale);
+    let mut h = new_product(&x, &a, 1.0, Threads::All);
+    let mut u = new_product(&grad, &b.transposed(), scale, Threads::All);
     let rank = inner * rows / gates.len().max(1);
     let pairs = h.chunks(rank.max(1)).zip(u.chunks(rank.max(1))).zip(&*gates);
     let along = |((h, u), gate): ((&[f32], &[f32]), &f32)| match *gate {
@@ -51,9 +51,9 @@ pub(super) fn experts_backward<B: Host>(
     [&mut h, &mut u].into_iter().for_each(|each| gate(each, &gates));
     let [h, u] = [h, u].map(|each| Matrix::contiguous(each, rows, inner));
     let grads = [
-        new_product(&u, &a.transposed(), 1.0),
-        new_product(&x.transposed(), &u, 1.0),
-        new_product(&h.transposed(), &grad, scale),
+        new_product(&u, &a.transposed(), 1.0, Threads::All),
+        new_product(&x.transposed(), &u, 1.0, Threads::All),
+        new_product(&h.transposed(), &grad, scale, Threads::All),
         gates_grad,
     ];
     let [x, a, b, gates] = grads;

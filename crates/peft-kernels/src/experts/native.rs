@@ -9,7 +9,7 @@ use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::dense;
-use crate::host::product::{Threads, Write, product};
+use crate::host::product::{Threads, new_product};
 use crate::host::{Host, Matrix, fill};
 
 /// Rows of a piece: enough for a product to be fast, few enough for threads to share the work.
@@ -209,9 +209,7 @@ impl<'a> Input<'a> {
 }
 
 fn times<'b>(left: &Matrix<'_>, right: &Matrix<'_>, scale: f32) -> Matrix<'b> {
-    let mut out = vec![0.0; left.rows * right.columns];
-    product((&mut out, right.columns), left, right, scale, Write::Replace, Threads::This);
-    Matrix::contiguous(out, left.rows, right.columns)
+    Matrix::contiguous(new_product(left, right, scale, Threads::This), left.rows, right.columns)
 }
 
 fn add(out: &mut [f32], values: &[f32]) {

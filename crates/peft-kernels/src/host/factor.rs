@@ -41,7 +41,7 @@ impl Factor<'_> {
     /// `x·W`
     pub(crate) fn applied_to(&self, x: &Matrix<'_>) -> Vec<f32> {
         match self {
-            Self::Single(weight) => new_product(x, weight, 1.0),
+            Self::Single(weight) => new_product(x, weight, 1.0, Threads::All),
             Self::Half(weight) => {
                 let mut out = vec![0.0; x.rows * weight.columns];
                 half_product(&mut out, x, weight);

@@ -85,11 +85,11 @@ pub(crate) fn product(
     unsafe { multiply(out.as_mut_ptr(), stride, a, b, scale, write, threads) }
 }
 
-/// `scale·a·b` on all threads, in room that is not cleared first.
+/// `scale·a·b`, in room that is not cleared first.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub(crate) fn new_product(a: &Matrix<'_>, b: &Matrix<'_>, scale: f32) -> Vec<f32> {
+pub(crate) fn new_product(a: &Matrix<'_>, b: &Matrix<'_>, scale: f32, threads: Threads) -> Vec<f32> {
     let len = a.rows * b.columns;
     if a.columns == 0 {
         return vec![0.0; len];
@@ -97,7 +97,7 @@ pub(crate) fn new_product(a: &Matrix<'_>, b: &Matrix<'_>, scale: f32) -> Vec<f32
     let mut out = Vec::with_capacity(len);
     // SAFETY: there is room for all rows, and with an inner dimension that is not zero each value is written.
     unsafe {
-        multiply(out.as_mut_ptr(), b.columns, a, b, scale, Write::Replace, Threads::All);
+        multiply(out.as_mut_ptr(), b.columns, a, b, scale, Write::Replace, threads);
         out.set_len(len);
     }
     out
@@ -241,9 +241,9 @@ mod tests {
         let mut square = vec![0.0; 4];
         product((&mut square, 2), &a.transposed(), &a, 1.0, Write::Replace, Threads::All);
         assert_eq!(square, [20.0, 26.0, 26.0, 35.0]);
-        assert_eq!(new_product(&a.transposed(), &a, 1.0), square);
+        assert_eq!(new_product(&a.transposed(), &a, 1.0, Threads::All), square);
         let nothing = Matrix::contiguous(vec![], 2, 0);
-        assert_eq!(new_product(&nothing, &nothing.transposed(), 1.0), [0.0; 4]);
+        assert_eq!(new_product(&nothing, &nothing.transposed(), 1.0, Threads::All), [0.0; 4]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use peft_core::kernels::{
-    Groups, PackedLayout, Weight, grouped_linear, linear_cross_entropy, low_rank_linear, mixed_linear,
+    Groups, PackedLayout, Weight, grouped_linear, linear, linear_cross_entropy, low_rank_linear,
 };
 
 use super::packed::{Sample, Scales};
@@ -21,7 +21,7 @@ pub(super) fn checks() -> Vec<Operation> {
     };
     let transposed = |x: Tensor<2>, weight: Tensor<2>| {
         // The same matrix, by columns.
-        mixed_linear(x, weight.transpose().mul_scalar(1.0).transpose())
+        linear(x, weight.transpose().mul_scalar(1.0).transpose())
     };
     let losses = |x: Tensor<2>, weight: Tensor<2>| {
         let tokens = x.dims()[0];
@@ -35,9 +35,9 @@ pub(super) fn checks() -> Vec<Operation> {
         grouped_linear(x, weight.transpose().unsqueeze::<3>().repeat_dim(0, 3), &groups)
     };
     vec![
-        check("mixed_linear bf16", DType::BF16, true, dense(mixed_linear, DType::BF16)),
-        check("mixed_linear f16", DType::F16, true, dense(mixed_linear, DType::F16)),
-        check("mixed_linear transposed bf16", DType::BF16, true, dense(transposed, DType::BF16)),
+        check("linear bf16", DType::BF16, true, dense(linear, DType::BF16)),
+        check("linear f16", DType::F16, true, dense(linear, DType::F16)),
+        check("linear transposed bf16", DType::BF16, true, dense(transposed, DType::BF16)),
         check("low_rank_linear over bf16", DType::BF16, true, dense(low_rank, DType::BF16)),
         check("grouped_linear over bf16", DType::BF16, true, dense(grouped, DType::BF16)),
         // The gradient of the logits is rounded on its way back.
