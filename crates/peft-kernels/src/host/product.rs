@@ -133,27 +133,36 @@ pub(crate) unsafe fn multiply(
     if threads == Threads::This || m * n * k < ALONE {
         return block(0..m, 0..n);
     }
-    let (height, width) = part(m, k, n, rayon::current_num_threads());
+    let (height, across) = parts(m, k, n, rayon::current_num_threads());
     rayon::scope(|scope| {
-        for (top, left) in (0..m).step_by(height).flat_map(|top| (0..n).step_by(width).map(move |left| (top, left))) {
-            let block = &block;
-            scope.spawn(move |_| block(top..(top + height).min(m), left..(left + width).min(n)));
+        for columns in cuts(n, across) {
+            for top in (0..m).step_by(height) {
+                let (block, columns) = (&block, columns.clone());
+                scope.spawn(move |_| block(top..(top + height).min(m), columns));
+            }
         }
     });
 }
 
-/// Rows and columns of what a thread computes at a time. By columns first: the library puts all of `b` in order that a block needs, so no two threads should need
-/// the same of it; but not where there is little to add up, for then it is writing that takes the time.
-fn part(m: usize, k: usize, n: usize, threads: usize) -> (usize, usize) {
+/// Rows of what a thread computes at a time, and in how many parts columns are. By columns first: the library puts all of `b` in order that a block needs, so no two
+/// threads should need the same of it; but not where there is little to add up, for then it is writing that takes the time.
+fn parts(m: usize, k: usize, n: usize, threads: usize) -> (usize, usize) {
     /// Parts for each thread, so that none waits long for the last.
     const PARTS: usize = 2;
     /// Fewer columns, or values in a sum, would leave the library's kernels half empty.
-    const FEWEST: usize = 64;
+    const FEWEST: [usize; 2] = [48, 64];
     let parts = PARTS * threads;
-    let across = if k < FEWEST { 1 } else { parts.min(n / FEWEST).max(1) };
-    // Whole vectors.
-    let width = n.div_ceil(across).next_multiple_of(16);
-    (m.div_ceil(parts.div_ceil(n.div_ceil(width))), width)
+    let across = if k < FEWEST[1] { 1 } else { parts.min(n / FEWEST[0]).max(1) };
+    (m.div_ceil(parts.div_ceil(across)), across)
+}
+
+/// Columns that parts begin at multiples of: two of the widest vectors. The library's kernels take up to four at once, and need twice the time for one that is alone.
+pub(crate) const UNIT: usize = 32;
+
+/// Columns in that many parts of about the same width.
+fn cuts(columns: usize, parts: usize) -> impl Iterator<Item = Range<usize>> {
+    let at = move |part: usize| if part == parts { columns } else { (part * columns / parts + UNIT / 2) / UNIT * UNIT };
+    (0..parts).map(move |part| at(part).min(columns)..at(part + 1).min(columns)).filter(|part| !part.is_empty())
 }
 
 /// [`multiply`] by the calling thread alone, of factors that are there.
@@ -184,19 +193,17 @@ unsafe fn multiply_alone(out: *mut f32, stride: usize, a: &Matrix<'_>, b: &Matri
     }
 }
 
-/// Splits the columns of a product with `values` values between the threads, `parts` for each; small matrices are not split.
+/// Splits the columns of a product with a matrix of so many values between the threads, `parts` for each; small matrices are not split.
 pub(crate) fn each_part(columns: usize, values: usize, parts: usize, work: impl Fn(Range<usize>) + Sync) {
     /// Values below which a product is not shared between threads.
     const SHARED_FROM: usize = 1 << 18;
     let parts = if values < SHARED_FROM { 1 } else { parts * rayon::current_num_threads() };
-    // Whole vectors for each part, as long as there are enough columns.
-    let size = columns.div_ceil(parts).next_multiple_of(16).max(1);
-    let part = |at: usize| at * size..((at + 1) * size).min(columns);
-    let work = &work;
+    let mut parts = cuts(columns, parts);
+    let (first, work) = (parts.next(), &work);
     // This thread has a part too, and begins at once: decoding a token, waking another takes as long as a small product.
     rayon::in_place_scope(|scope| {
-        (1..columns.div_ceil(size)).for_each(|at| scope.spawn(move |_| work(part(at))));
-        work(part(0));
+        parts.for_each(|part| scope.spawn(move |_| work(part)));
+        first.into_iter().for_each(work);
     });
 }
 

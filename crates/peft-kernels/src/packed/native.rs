@@ -12,7 +12,7 @@ use super::unpack::{Scales, View};
 use super::{Floats, PackedLayout, Primitive, ScaleKind};
 use crate::host::Matrix;
 use crate::host::bfloat::{self, Runs};
-use crate::host::product::{Columns, Threads, Write, each_part, multiply};
+use crate::host::product::{Columns, Threads, UNIT, Write, each_part, multiply};
 
 /// Values of a tile: with the packed copy that the product makes, it stays in the second cache.
 const TILE: usize = 64 * 1024;
@@ -92,10 +92,13 @@ fn few_rows(x: &[f32], _rows: usize, view: &View<'_>, out: &mut [f32]) {
 fn tiles(x: &[f32], rows: usize, view: &View<'_>, out: &mut [f32]) {
     let PackedLayout { d_out, d_in, .. } = view.layout();
     let target = Columns { out: out.as_mut_ptr(), stride: d_out };
-    let most = (TILE / d_in.max(1)).clamp(1, d_out.max(1));
+    let most = match TILE / d_in.max(1) {
+        most @ ..UNIT => most.max(1),
+        most => most / UNIT * UNIT,
+    };
     let x = Matrix::contiguous(x, rows, d_in);
     each_part(d_out, view.layout().len(), PARTS, |part| {
-        let mut tile = vec![0.0; most * d_in];
+        let mut tile = vec![0.0; most.min(part.len()) * d_in];
         for start in part.clone().step_by(most) {
             let count = most.min(part.end - start);
             let tile = &mut tile[..count * d_in];
