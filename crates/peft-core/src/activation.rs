@@ -159,7 +159,7 @@ impl<'a> Base<'a> {
         if dropped.is_some() || !alike || dense.is_require_grad() {
             let inner = dropped.unwrap_or_else(|| x.clone()).cast(a.dtype());
             let dtype = x.dtype();
-            return self.linear(x) + (inner.matmul(a) * scale).matmul(b).cast(dtype);
+            return self.linear(x) + product(product(inner, a) * scale, b).cast(dtype);
         }
         self.biased(peft_kernels::low_rank_linear(x, weight, a, b, scale))
     }

@@ -16,7 +16,7 @@ use indexmap::IndexMap;
 use peft_core::files::{HubFolder, Values};
 use peft_core::{
     Activation, AdapterFile, Base, Error, FileTensor, Gate, GroupedBase, LayerKind, Method, Result, Scan, Site,
-    Targets, check_size, pattern_value,
+    Targets, check_size, pattern_value, product,
 };
 use serde::{Deserialize, Serialize};
 
@@ -161,16 +161,17 @@ impl LoraAdapter {
 
     /// `s·(dropped·A·B + β)`, where `dropped` is `x` or what dropout left of it, `[batch, seq, d_in]` to `[batch, seq, d_out]`.
     pub(crate) fn added(&self, dropped: Tensor<3>, x: Tensor<3>) -> Tensor<3> {
-        let (a, b) = (self.a.val(), self.b.val());
-        let inner = dropped.cast(a.dtype()).matmul(a.unsqueeze());
+        let ([batch, seq, d_in], a) = (dropped.dims(), self.a.val());
+        let inner = product(dropped.cast(a.dtype()).reshape([batch * seq, d_in]), a);
+        let y = product(if self.gate.is_none() { inner * self.scale } else { inner }, self.b.val());
+        let d_out = y.dims()[1];
+        let y = y.reshape([batch, seq, d_out]);
         let Some(gate) = &self.gate else {
-            let y = (inner * self.scale).matmul(b.unsqueeze());
             return match self.shift(None) {
                 Some(shift) => y + shift.unsqueeze(),
                 None => y,
             };
         };
-        let y = inner.matmul(b.unsqueeze());
         let y = self.bias.iter().fold(y, |y, bias| y + bias.val().unsqueeze());
         y * gate.forward(x)
     }

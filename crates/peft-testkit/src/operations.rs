@@ -6,6 +6,7 @@ mod attention;
 mod cross_entropy;
 mod experts;
 mod grouped;
+mod linear;
 mod low_rank;
 mod mixed;
 mod norm;
@@ -41,6 +42,7 @@ pub fn operations() -> Vec<Operation> {
         softmax::checks(),
         attention::checks(),
         cross_entropy::checks(),
+        linear::checks(),
         low_rank::checks(),
         experts::checks(),
         grouped::checks(),

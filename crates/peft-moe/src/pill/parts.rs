@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use peft_core::kernels::{Nonlinearity, activate, gated};
-use peft_core::{Dense, Error, Modality, Result, Site, Start, by_modality};
+use peft_core::{Dense, Error, Modality, Result, Site, Start, by_modality, product};
 use rand::Rng;
 
 use super::FeatureConfig;
@@ -53,8 +53,8 @@ impl Expert {
     pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let (dtype, up) = (x.dtype(), self.up.val());
         let x = x.cast(up.dtype());
-        let inner = gated(x.clone().matmul(self.gate.val()), x.clone().matmul(self.down.val()), Nonlinearity::Silu);
-        (x + inner.matmul(up)).cast(dtype)
+        let inner = gated(product(x.clone(), self.gate.val()), product(x.clone(), self.down.val()), Nonlinearity::Silu);
+        (x + product(inner, up)).cast(dtype)
     }
 }
 
@@ -81,7 +81,7 @@ impl ValueGate {
         let [_, heads] = opening.dims();
         let open = by_modality(leading, x.cast(opening.dtype()), |modality, x| match modality {
             Modality::Text => Tensor::ones([x.dims()[0], heads], (&x.device(), x.dtype())),
-            Modality::Image => x.matmul(opening.clone()).tanh(),
+            Modality::Image => product(x, opening.clone()).tanh(),
         });
         let [rows, d_out] = y.dims();
         let values: Tensor<3> = y.clone().narrow(1, d_out - width, width).reshape([rows, heads, width / heads]);
@@ -108,6 +108,6 @@ impl Projector {
             None => rows,
         };
         let [_, width] = projection.dims();
-        rows.matmul(projection).reshape([batch, n, width])
+        product(rows, projection).reshape([batch, n, width])
     }
 }

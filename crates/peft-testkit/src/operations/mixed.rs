@@ -1,9 +1,7 @@
 //! Products of f32 with frozen matrices in 16 bits, against the same products with the same matrices in f32.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use peft_core::kernels::{
-    Groups, PackedLayout, Weight, grouped_linear, linear, linear_cross_entropy, low_rank_linear,
-};
+use peft_core::kernels::{Groups, PackedLayout, Weight, grouped_linear, linear, linear_cross_entropy, low_rank_linear};
 
 use super::packed::{Sample, Scales};
 use super::{HALF, Operation, ROUNDING, rounded};
