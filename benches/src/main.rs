@@ -215,8 +215,8 @@ fn main() -> Outcome<()> {
         What::Tasks(tasks) => tasks.run(),
         What::Several(several) => several.run(),
         What::Side { side, setup } => {
-            // As in the program `peft`, and as PyTorch does: the thread that measures is one of those that compute.
-            rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
+            // As in the program `peft`.
+            peft_kernels::prepare_process();
             println!("{}", side.measure(&setup)?);
             Ok(())
         }

@@ -1,7 +1,9 @@
 //! Backends whose tensors lie in this machine's memory, and what their paths are made of: slices, threads, vector lanes, products.
 pub(crate) mod bfloat;
+pub(crate) mod dots;
 mod factor;
 pub(crate) mod lanes;
+mod process;
 pub(crate) mod product;
 
 use std::borrow::Cow;
@@ -13,6 +15,7 @@ use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
 pub(crate) use factor::Factor;
+pub use process::prepare_process;
 pub(crate) use product::Matrix;
 
 /// Values of a piece of work that another thread may take: enough to be worth waking it.

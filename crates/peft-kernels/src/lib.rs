@@ -10,6 +10,7 @@
 //! - [`top_softmax`]: what opens the gates of routers.
 //! - [`linear_cross_entropy`]: the output head and its loss, without all logits.
 //! - [`adamw`]: the optimizer's step.
+//! - [`prepare_process`]: what a program that trains on a CPU does first.
 //! - [`marker_module`]: fields that say something to visitors.
 
 #![cfg_attr(
@@ -44,6 +45,8 @@ pub use attention::{AttentionOps, Segments, Sight, attention};
 pub use cross_entropy::{CrossEntropyOps, Scores, cross_entropy, linear_cross_entropy};
 pub use experts::{ExpertOps, low_rank_experts};
 pub use grouped::{GroupedOps, Groups, Side, grouped_linear, grouped_packed};
+#[cfg(feature = "host")]
+pub use host::prepare_process;
 pub use linear::{LinearOps, linear};
 pub use low_rank::{LowRankOps, Weight, WeightPrimitive, low_rank_linear};
 pub use norm::{Norm, NormOps, layer_norm, rms_norm};

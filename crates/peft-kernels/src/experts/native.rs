@@ -1,7 +1,4 @@
-//! The path on the CPU: rows by expert. A piece of work is up to so many rows of one expert, whose inputs are put together once.
-
-use std::borrow::Cow;
-use std::ops::Range;
+//! The path on the CPU where few gates are open: pairs of a row and an expert, and nothing is computed, put together or put in order for any other.
 
 use burn::backend::TensorMetadata as _;
 use burn::backend::tensor::FloatTensor;
@@ -9,11 +6,15 @@ use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::dense;
-use crate::host::product::{Threads, new_product};
+use crate::host::dots::dots;
+use crate::host::lanes::{add_terms, vectorized};
 use crate::host::{Host, Matrix, fill};
 
-/// Rows of a piece: enough for a product to be fast, few enough for threads to share the work.
-const ROWS: usize = 128;
+/// Pairs whose products with a factor are a piece of work for a thread.
+const PAIRS: usize = 64;
+
+/// Columns of a factor that stay in the second cache, however many experts there are, while rows go by.
+const COLUMNS: usize = 256;
 
 pub(super) fn experts<B: Host>(
     x: FloatTensor<B>,
@@ -25,11 +26,11 @@ pub(super) fn experts<B: Host>(
     if dense::pays::<B>(&gates) {
         return dense::experts::<B>(x, a, b, gates, scale);
     }
-    let input = Input::new::<B>(&x, &a, &b, &gates, scale);
-    let d_out = input.d_out;
-    let done: Vec<Vec<f32>> = input.pieces.par_iter().map(|piece| input.forward(piece)).collect();
-    let by_piece: Vec<&[f32]> = done.iter().map(Vec::as_slice).collect();
-    B::tensor(input.by_row(&by_piece, d_out), Shape::new([input.rows, d_out]))
+    let ([rows, d_in], d_out) = ([x.shape()[0], x.shape()[1]], b.shape()[1]);
+    let pairs = Pairs::new::<B>(&gates, b.shape()[0]);
+    let (x, a, b) = (B::values(&x), transposed::<B>(&a), B::values(&b));
+    let h = pairs.gated(&pairs.inner(&x, &a, d_in), scale as f32);
+    B::tensor(pairs.outer(&h, &b, d_out), Shape::new([rows, d_out]))
 }
 
 pub(super) fn experts_backward<B: Host>(
@@ -43,175 +44,137 @@ pub(super) fn experts_backward<B: Host>(
     if dense::pays::<B>(&gates) {
         return dense::experts_backward::<B>(grad, x, a, b, gates, scale);
     }
-    let input = Input::new::<B>(&x, &a, &b, &gates, scale);
-    let values = B::values(&grad);
-    let done: Vec<Grads> = input.pieces.par_iter().map(|piece| input.backward(piece, &values)).collect();
-    let (rank, inner) = (input.rank, input.rank * input.experts);
-    let [mut a_grad, mut b_grad] = [&input.a, &input.b].map(|factor| vec![0.0; factor.len()]);
-    let mut gates_grad = vec![0.0; input.rows * input.experts];
-    // In the order of the pieces, so that sums are the same however many threads there are.
-    for (piece, grads) in input.pieces.iter().zip(&done) {
-        let start = piece.expert * rank;
-        let rows = a_grad.chunks_mut(inner).zip(grads.a.chunks(rank));
-        rows.for_each(|(row, part)| add(&mut row[start..start + rank], part));
-        add(&mut b_grad[start * input.d_out..][..grads.b.len()], &grads.b);
-        for (pair, value) in input.pairs_of(piece).iter().zip(&grads.gates) {
-            gates_grad[pair.row * input.experts + piece.expert] = *value;
-        }
-    }
-    let by_piece: Vec<&[f32]> = done.iter().map(|grads| &grads.x[..]).collect();
-    let x_grad = B::tensor(input.by_row(&by_piece, input.d_in), x.shape());
-    (x_grad, B::tensor(a_grad, a.shape()), B::tensor(b_grad, b.shape()), B::tensor(gates_grad, gates.shape()))
+    let (of_x, of_a, of_b, of_gates) = (x.shape(), a.shape(), b.shape(), gates.shape());
+    let pairs = Pairs::new::<B>(&gates, of_b[0]);
+    let (grad, x, a, b) = (B::values(&grad), B::values(&x), transposed::<B>(&a), B::values(&b));
+    let (d_in, d_out, scale) = (of_x[1], of_b[1], scale as f32);
+    let (h, u) = (pairs.inner(&x, &a, d_in), pairs.inner(&grad, &b, d_out));
+    let gates_grad = pairs.along(&h, &u, scale);
+    let (h, u) = (pairs.gated(&h, scale), pairs.gated(&u, scale));
+    let (x_grad, b_grad) = (pairs.outer(&u, &a, d_in), pairs.sums(&h, &grad, d_out));
+    let a_grad = Matrix::contiguous(pairs.sums(&u, &x, d_in), of_a[1], d_in);
+    let a_grad = B::tensor(a_grad.transposed().by_rows(), of_a);
+    (B::tensor(x_grad, of_x), a_grad, B::tensor(b_grad, of_b), B::tensor(gates_grad, of_gates))
 }
 
-/// What the pairs of a piece make of the gradients.
-struct Grads {
-    /// `gₑ·uₑ·Aₑᵀ`, `[pairs, d_in]`
-    x: Vec<f32>,
-    /// `[d_in, rank]`
-    a: Vec<f32>,
-    /// `[rank, d_out]`
-    b: Vec<f32>,
-    /// `hₑ·uₑ`, `[pairs]`
-    gates: Vec<f32>,
+/// `Aᵀ`, so that the values of an expert lie in rows of their own, as those of `B` do.
+fn transposed<B: Host>(a: &FloatTensor<B>) -> Vec<f32> {
+    B::matrix(a).transposed().by_rows()
 }
 
 /// A row that goes through an expert.
 #[derive(Clone, Copy)]
 struct Pair {
     row: usize,
+    expert: usize,
     gate: f32,
 }
 
-/// Pairs of one expert.
-struct Piece {
-    expert: usize,
-    pairs: Range<usize>,
-}
-
-struct Input<'a> {
-    x: Cow<'a, [f32]>,
-    a: Cow<'a, [f32]>,
-    b: Cow<'a, [f32]>,
-    scale: f32,
-    rows: usize,
-    d_in: usize,
-    d_out: usize,
-    experts: usize,
-    rank: usize,
+struct Pairs {
     /// By expert, then by row.
     pairs: Vec<Pair>,
-    pieces: Vec<Piece>,
-    /// Where pairs are, as piece and place in it, by row.
-    places: Vec<(usize, usize)>,
-    /// Where the places of each row begin, and where those of the last end.
-    starts: Vec<usize>,
+    /// Where the pairs of each expert begin, and where those of the last end.
+    by_expert: Vec<usize>,
+    /// The pairs of each row, row by row, by their number.
+    of_rows: Vec<usize>,
+    /// Where those of each row begin, and where those of the last end.
+    by_row: Vec<usize>,
+    rank: usize,
+    /// Of all gates.
+    dims: [usize; 2],
 }
 
-impl<'a> Input<'a> {
-    fn new<B: Host>(
-        x: &'a FloatTensor<B>,
-        a: &'a FloatTensor<B>,
-        b: &'a FloatTensor<B>,
-        gates: &FloatTensor<B>,
-        scale: f64,
-    ) -> Self {
-        let ([rows, d_in], [inner, d_out]) = ([x.shape()[0], x.shape()[1]], [b.shape()[0], b.shape()[1]]);
-        let experts = gates.shape()[1];
+impl Pairs {
+    /// `inner`: the rank of all experts together.
+    fn new<B: Host>(gates: &FloatTensor<B>, inner: usize) -> Self {
+        let dims @ [rows, experts] = [gates.shape()[0], gates.shape()[1]];
         let values = B::values(gates);
-        let mut starts = vec![0];
+        let mut by_row = vec![0];
         for row in values.chunks(experts) {
-            starts.push(starts[starts.len() - 1] + row.iter().filter(|gate| **gate != 0.0).count());
+            by_row.push(by_row[by_row.len() - 1] + row.iter().filter(|gate| **gate != 0.0).count());
         }
-        let count = starts[rows];
-        let (mut pairs, mut pieces, mut places) = (Vec::with_capacity(count), Vec::new(), vec![(0, 0); count]);
-        let mut next = starts.clone();
+        let count = by_row[rows];
+        let (mut pairs, mut of_rows) = (Vec::with_capacity(count), vec![0; count]);
+        let (mut by_expert, mut next) = (vec![0], by_row.clone());
         for expert in 0..experts {
-            let start = pairs.len();
-            let open = (0..rows).map(|row| Pair { row, gate: values[row * experts + expert] });
-            pairs.extend(open.filter(|pair| pair.gate != 0.0));
-            for from in (start..pairs.len()).step_by(ROWS) {
-                let to = (from + ROWS).min(pairs.len());
-                for (at, pair) in pairs[from..to].iter().enumerate() {
-                    places[next[pair.row]] = (pieces.len(), at);
-                    next[pair.row] += 1;
-                }
-                pieces.push(Piece { expert, pairs: from..to });
+            let open = (0..rows).map(|row| Pair { row, expert, gate: values[row * experts + expert] });
+            for pair in open.filter(|pair| pair.gate != 0.0) {
+                of_rows[next[pair.row]] = pairs.len();
+                next[pair.row] += 1;
+                pairs.push(pair);
             }
+            by_expert.push(pairs.len());
         }
-        let (x, a, b) = (B::values(x), B::values(a), B::values(b));
-        let rank = inner / experts;
-        Self { x, a, b, scale: scale as f32, rows, d_in, d_out, experts, rank, pairs, pieces, places, starts }
+        Self { pairs, by_expert, of_rows, by_row, rank: inner / experts, dims }
     }
 
-    fn pairs_of(&self, piece: &Piece) -> &[Pair] {
-        &self.pairs[piece.pairs.clone()]
-    }
-
-    /// The rows of a piece, `width` values each, one after the other.
-    fn gather<'b>(&self, piece: &Piece, values: &[f32], width: usize) -> Matrix<'b> {
-        let pairs = self.pairs_of(piece);
-        let mut rows = Vec::with_capacity(pairs.len() * width);
-        pairs.iter().for_each(|pair| rows.extend_from_slice(&values[pair.row * width..][..width]));
-        Matrix::contiguous(rows, pairs.len(), width)
-    }
-
-    /// `Aₑ`, `[d_in, rank]`
-    fn down(&self, expert: usize) -> Matrix<'_> {
-        Matrix::strided(&self.a[expert * self.rank..], self.d_in, self.rank, self.experts * self.rank)
-    }
-
-    /// `Bₑ`, `[rank, d_out]`
-    fn up(&self, expert: usize) -> Matrix<'_> {
-        Matrix::contiguous(&self.b[expert * self.rank * self.d_out..][..self.rank * self.d_out], self.rank, self.d_out)
-    }
-
-    /// `h` `[pairs, rank]` times gates.
-    fn gated<'b>(&self, piece: &Piece, h: &Matrix<'_>) -> Matrix<'b> {
-        let rows = self.pairs_of(piece).iter().zip(h.values.chunks(self.rank));
-        let values: Vec<f32> = rows.flat_map(|(pair, h)| h.iter().map(|value| pair.gate * value)).collect();
-        Matrix::contiguous(values, h.rows, h.columns)
-    }
-
-    /// `s·gₑ·hₑ·Bₑ`
-    fn forward(&self, piece: &Piece) -> Vec<f32> {
-        let h = times(&self.gather(piece, &self.x, self.d_in), &self.down(piece.expert), 1.0);
-        times(&self.gated(piece, &h), &self.up(piece.expert), self.scale).values.into_owned()
-    }
-
-    fn backward(&self, piece: &Piece, grad: &[f32]) -> Grads {
-        let (x, grad) = (self.gather(piece, &self.x, self.d_in), self.gather(piece, grad, self.d_out));
-        let (down, up) = (self.down(piece.expert), self.up(piece.expert));
-        let h = times(&x, &down, 1.0);
-        let u = times(&grad, &up.transposed(), self.scale);
-        let rows = h.values.chunks(self.rank).zip(u.values.chunks(self.rank));
-        let gates = rows.map(|(h, u)| h.iter().zip(u).map(|(h, u)| h * u).sum()).collect();
-        let u = self.gated(piece, &u);
-        Grads {
-            x: times(&u, &down.transposed(), 1.0).values.into_owned(),
-            a: times(&x.transposed(), &u, 1.0).values.into_owned(),
-            b: times(&self.gated(piece, &h).transposed(), &grad, self.scale).values.into_owned(),
-            gates,
-        }
-    }
-
-    /// The sums over each row's experts, `[rows, width]`, of what the pieces made.
-    fn by_row(&self, done: &[&[f32]], width: usize) -> Vec<f32> {
-        let mut out = vec![0.0; self.rows * width];
-        fill(&mut out, width, |range, out| {
-            for (row, out) in (range.start / width.max(1)..).zip(out.chunks_mut(width.max(1))) {
-                let places = &self.places[self.starts[row]..self.starts[row + 1]];
-                places.iter().for_each(|(piece, at)| add(out, &done[*piece][at * width..][..width]));
+    /// `xᵣ·Mₑᵀ`, `[pairs, rank]`, of `x` `[rows, width]` and `M` `[experts·rank, width]`.
+    fn inner(&self, x: &[f32], m: &[f32], width: usize) -> Vec<f32> {
+        let rank = self.rank;
+        let mut out = vec![0.0; self.pairs.len() * rank];
+        let pieces = out.par_chunks_mut(PAIRS * rank).zip(self.pairs.par_chunks(PAIRS));
+        pieces.for_each(|(out, pairs)| {
+            // Those of one expert at a time.
+            let mut out = out.chunks_mut(rank);
+            for pairs in pairs.chunk_by(|pair, next| pair.expert == next.expert) {
+                let rows: Vec<&[f32]> = pairs.iter().map(|pair| &x[pair.row * width..][..width]).collect();
+                let columns: Vec<&[f32]> = m[pairs[0].expert * rank * width..][..rank * width].chunks(width).collect();
+                let mut out: Vec<&mut [f32]> = out.by_ref().take(pairs.len()).collect();
+                dots(&rows, &columns, |row, column, sum| out[row][column] = sum);
             }
         });
         out
     }
-}
 
-fn times<'b>(left: &Matrix<'_>, right: &Matrix<'_>, scale: f32) -> Matrix<'b> {
-    Matrix::contiguous(new_product(left, right, scale, Threads::This), left.rows, right.columns)
-}
+    /// `scale·gₑ·hₑ` of `h` `[pairs, rank]`.
+    fn gated(&self, h: &[f32], scale: f32) -> Vec<f32> {
+        let pairs = self.pairs.iter().zip(h.chunks(self.rank));
+        pairs.flat_map(|(pair, h)| h.iter().map(move |value| scale * pair.gate * value)).collect()
+    }
 
-fn add(out: &mut [f32], values: &[f32]) {
-    out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
+    /// `scale·hₑ·uₑ` where gates are open, `[rows, experts]`.
+    fn along(&self, h: &[f32], u: &[f32], scale: f32) -> Vec<f32> {
+        let [rows, experts] = self.dims;
+        let mut out = vec![0.0; rows * experts];
+        for ((pair, h), u) in self.pairs.iter().zip(h.chunks(self.rank)).zip(u.chunks(self.rank)) {
+            out[pair.row * experts + pair.expert] = scale * h.iter().zip(u).map(|(h, u)| h * u).sum::<f32>();
+        }
+        out
+    }
+
+    /// `Σₑ hₑ·Mₑ` over each row's experts, `[rows, width]`, of `h` `[pairs, rank]` and `M` `[experts·rank, width]`.
+    fn outer(&self, h: &[f32], m: &[f32], width: usize) -> Vec<f32> {
+        let ([rows, _], rank) = (self.dims, self.rank);
+        let mut out = vec![0.0; rows * width];
+        let together = rows.div_ceil(2 * rayon::current_num_threads()).max(1);
+        out.par_chunks_mut(together * width).enumerate().for_each(|(piece, out)| {
+            for left in (0..width).step_by(COLUMNS) {
+                let columns = left..(left + COLUMNS).min(width);
+                for (row, out) in (piece * together..).zip(out.chunks_mut(width)) {
+                    let out = &mut out[columns.clone()];
+                    for at in &self.of_rows[self.by_row[row]..self.by_row[row + 1]] {
+                        let (h, first) = (&h[at * rank..][..rank], self.pairs[*at].expert * rank);
+                        let term = |j: usize| (h[j], &m[(first + j) * width..][columns.clone()]);
+                        vectorized!(add_terms(out, rank, term));
+                    }
+                }
+            }
+        });
+        out
+    }
+
+    /// `Σᵣ hₑᵀ·vᵣ` over each expert's rows, `[experts·rank, width]`, of `h` `[pairs, rank]` and `v` `[rows, width]`.
+    fn sums(&self, h: &[f32], v: &[f32], width: usize) -> Vec<f32> {
+        let (rank, [_, experts]) = (self.rank, self.dims);
+        let mut out = vec![0.0; experts * rank * width];
+        fill(&mut out, width, |range, out| {
+            for (at, out) in (range.start / width..).zip(out.chunks_mut(width)) {
+                let first = self.by_expert[at / rank];
+                let pairs = &self.pairs[first..self.by_expert[at / rank + 1]];
+                let term = |n: usize| (h[(first + n) * rank + at % rank], &v[pairs[n].row * width..][..width]);
+                vectorized!(add_terms(out, pairs.len(), term));
+            }
+        });
+        out
+    }
 }

@@ -78,6 +78,22 @@ pub(crate) fn sum<const N: usize>(slices: [&[f32]; N], term: impl Fn([f32; N]) -
     lanes.iter().sum::<f32>() + rest
 }
 
+/// Adds so many slices to another, each times a factor, four at a time: `term` gives both.
+#[inline(always)]
+pub(crate) fn add_terms<'a>(out: &mut [f32], count: usize, term: impl Fn(usize) -> (f32, &'a [f32])) {
+    let whole = count / 4 * 4;
+    for at in (0..whole).step_by(4) {
+        let [(e, a), (f, b), (g, c), (h, d)] = [0, 1, 2, 3].map(|n| term(at + n));
+        for ((((sum, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+            *sum += e * a + f * b + g * c + h * d;
+        }
+    }
+    for at in whole..count {
+        let (factor, values) = term(at);
+        out.iter_mut().zip(values).for_each(|(sum, value)| *sum += factor * value);
+    }
+}
+
 /// The largest value; negative infinity of none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
@@ -126,6 +142,15 @@ mod tests {
     fn extremes_stay_finite() {
         assert!(exp(f32::INFINITY).is_finite() && exp(f32::NEG_INFINITY) == 0.0 && exp(f32::NAN).is_nan());
         assert_eq!((sigmoid(f32::MAX), erf(f32::MAX), erf(f32::MIN)), (1.0, 1.0, -1.0));
+    }
+
+    #[test]
+    fn terms_are_added() {
+        let values: Vec<f32> = (0..42).map(|i| (i * i) as f32).collect();
+        let mut sums = [100.0; 7];
+        add_terms(&mut sums, 6, |n| (n as f32, &values[7 * n..][..7]));
+        let sum = |i: usize| 100.0 + (0..6).map(|n| n as f32 * values[7 * n + i]).sum::<f32>();
+        assert_eq!(sums, [0, 1, 2, 3, 4, 5, 6].map(sum));
     }
 
     #[test]

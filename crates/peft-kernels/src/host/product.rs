@@ -4,6 +4,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 /// A matrix in memory: value `(r, c)` lies at `r · row + c · column`.
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix<'a, T: Clone = f32> {
@@ -43,6 +45,34 @@ impl<'a, T: Clone> Matrix<'a, T> {
         self.rows == 0
             || self.columns == 0
             || (self.rows - 1) * self.row + (self.columns - 1) * self.column < self.values.len()
+    }
+}
+
+impl Matrix<'_> {
+    /// The values row by row.
+    pub(crate) fn by_rows(&self) -> Vec<f32> {
+        /// Rows and columns of a tile: lines of the cache.
+        const TILE: usize = 16;
+        let (columns, stride) = (self.columns.max(1), self.column);
+        let mut out = vec![0.0; self.rows * columns];
+        out.par_chunks_mut(TILE * columns).enumerate().for_each(|(at, out)| {
+            let (top, rows) = (at * TILE, out.len() / columns);
+            // Whole tiles of a matrix that lies by columns.
+            let whole = if self.row == 1 && rows == TILE { columns / TILE * TILE } else { 0 };
+            for left in (0..whole).step_by(TILE) {
+                let line =
+                    |column: usize| self.values[top + (left + column) * stride..].first_chunk().expect("a whole tile");
+                let lines: [&[f32; TILE]; TILE] = std::array::from_fn(line);
+                let tile: [[f32; TILE]; TILE] =
+                    std::array::from_fn(|row| std::array::from_fn(|column| lines[column][row]));
+                let out = out.chunks_exact_mut(columns).zip(&tile);
+                out.for_each(|(out, row)| out[left..][..TILE].copy_from_slice(row));
+            }
+            for (row, out) in (top..).zip(out.chunks_exact_mut(columns)) {
+                (whole..columns).for_each(|column| out[column] = self.values[row * self.row + column * stride]);
+            }
+        });
+        out
     }
 }
 
@@ -251,6 +281,17 @@ mod tests {
         assert_eq!(new_product(&a.transposed(), &a, 1.0, Threads::All), square);
         let nothing = Matrix::contiguous(vec![], 2, 0);
         assert_eq!(new_product(&nothing, &nothing.transposed(), 1.0, Threads::All), [0.0; 4]);
+    }
+
+    #[test]
+    fn rows_are_put_in_order() {
+        for [rows, columns] in [[40, 35], [16, 16], [3, 50], [0, 4]] {
+            let values: Vec<f32> = (0..rows * columns).map(|at| at as f32).collect();
+            let matrix = Matrix::contiguous(values.clone(), rows, columns);
+            assert_eq!(matrix.by_rows(), values);
+            let transposed = matrix.transposed().by_rows();
+            assert!((0..rows * columns).all(|at| transposed[at % columns * rows + at / columns] == values[at]));
+        }
     }
 
     #[test]
