@@ -5,7 +5,7 @@
 //! - source: Zadouri et al. 2023, arXiv:2309.05444, section 3.2 (all gates open); Li et al. 2024, arXiv:2404.15159, section 3.3 (few)
 //!
 //! Factors lie side by side, `A: [d_in, experts·rank]` and `B: [experts·rank, d_out]`, so with all gates open this is one product of that rank. On a CPU rows are
-//! put together by expert where few gates are open, and what is shut costs nothing; else, and elsewhere, shut gates are multiplied by, which saves nothing and has no
+//! taken pair by pair of a row and an expert where few gates are open, and what is shut costs nothing; else, and elsewhere, shut gates are multiplied by, which saves nothing and has no
 //! loop either.
 
 #[cfg(feature = "host")]

@@ -75,8 +75,12 @@ fn a_step_over_packed_weights_holds_nothing_dense_of_them() {
         let loss = model.hidden(ids.clone(), Rows::Rows, None).square().mean();
         (IN_USE.load(Relaxed), loss.backward())
     };
-    // Once for what libraries keep: threads, and room for the pieces of matrix products.
+    // Once for what libraries keep: threads, and room for the pieces of matrix products, which each thread has.
     step();
+    rayon::broadcast(|_| {
+        let square = Tensor::<2>::ones([64, 64], &Device::flex());
+        square.clone().matmul(square);
+    });
     let start = IN_USE.load(Relaxed);
     LARGEST.store(0, Relaxed);
     let (after_forward, gradients) = step();

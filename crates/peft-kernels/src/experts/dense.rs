@@ -7,8 +7,8 @@ use burn::tensor::Shape;
 use crate::host::product::{Threads, new_product};
 use crate::host::{Host, Matrix};
 
-/// Whether more than a quarter of the gates is open: products with the factors of all experts, wide as they are, take as long as those of a quarter of the rows, which
-/// are put together first.
+/// Whether more than a quarter of the gates is open: products with the factors of all experts, wide as they are, take about as long as a
+/// quarter of the pairs, which are too short for the library.
 pub(super) fn pays<B: Host>(gates: &FloatTensor<B>) -> bool {
     let gates = B::values(gates);
     4 * gates.iter().filter(|gate| **gate != 0.0).count() > gates.len()

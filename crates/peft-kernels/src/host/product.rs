@@ -53,9 +53,9 @@ impl Matrix<'_> {
     pub(crate) fn by_rows(&self) -> Vec<f32> {
         /// Rows and columns of a tile: lines of the cache.
         const TILE: usize = 16;
-        let (columns, stride) = (self.columns.max(1), self.column);
+        let (columns, stride) = (self.columns, self.column);
         let mut out = vec![0.0; self.rows * columns];
-        out.par_chunks_mut(TILE * columns).enumerate().for_each(|(at, out)| {
+        out.par_chunks_mut((TILE * columns).max(1)).enumerate().for_each(|(at, out)| {
             let (top, rows) = (at * TILE, out.len() / columns);
             // Whole tiles of a matrix that lies by columns.
             let whole = if self.row == 1 && rows == TILE { columns / TILE * TILE } else { 0 };
