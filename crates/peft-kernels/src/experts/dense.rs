@@ -8,7 +8,7 @@ use crate::host::product::{Threads, new_product};
 use crate::host::{Host, Matrix};
 
 /// Whether more than a quarter of the gates is open: products with the factors of all experts, wide as they are, take about as long as a
-/// quarter of the pairs, which are too short for the library.
+/// quarter of the pairs one by one.
 pub(super) fn pays<B: Host>(gates: &FloatTensor<B>) -> bool {
     let gates = B::values(gates);
     4 * gates.iter().filter(|gate| **gate != 0.0).count() > gates.len()

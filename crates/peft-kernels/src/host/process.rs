@@ -5,6 +5,10 @@
 /// For programs, at the start of `main`; both change the whole process, so the crates leave it to them. Without the first, the calling thread wakes others for each operation and sleeps
 /// meanwhile. Without the second, the C library on Linux gives memory back between steps, and the system clears it again page by page; peak memory is the same.
 ///
+/// ```
+/// peft_kernels::prepare_process();
+/// ```
+///
 /// Where `rayon`'s threads run already, or the C library is another, that part is left out.
 pub fn prepare_process() {
     // It only fails where there is a pool, which then stays as it is.

@@ -186,7 +186,7 @@ fn parts(m: usize, k: usize, n: usize, threads: usize) -> (usize, usize) {
     (m.div_ceil(parts.div_ceil(across)), across)
 }
 
-/// Columns that parts begin at multiples of: two of the widest vectors. The library's kernels take up to four at once, and need twice the time for one that is alone.
+/// Columns that parts begin at multiples of: two of the widest vectors. The library's kernels take up to four at once, and are slower with one.
 pub(crate) const UNIT: usize = 32;
 
 /// Columns in that many parts of about the same width.
